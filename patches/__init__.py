@@ -1,0 +1,35 @@
+"""One file per backbone. `find(model)` picks the patch by the model's `config.model_type`; the folder is the list."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from vidcompress.method import nearest
+
+if TYPE_CHECKING:
+    from vidcompress.patches.base import Patch
+
+
+def backbones() -> dict[str, type[Patch]]:
+    """Every patch, by the `model_type` it serves."""
+    from vidcompress.patches.base import Patch
+
+    found: dict[str, type[Patch]] = {}
+    for info in pkgutil.iter_modules(__path__, __name__ + "."):
+        module = importlib.import_module(info.name)
+        for cls in vars(module).values():
+            if isinstance(cls, type) and issubclass(cls, Patch) and cls.__module__ == info.name:
+                found |= dict.fromkeys(cls.model_types, cls)
+    return dict(sorted(found.items()))
+
+
+def find(config: Any) -> Patch:
+    """The patch for a model's config; ValueError that lists the backbones there are."""
+    kind, known = getattr(config, "model_type", None), backbones()
+    if kind not in known:
+        raise ValueError(
+            f"no patch for model_type {kind!r}{nearest(str(kind), known)}; vidcompress knows: {', '.join(known)}"
+        )
+    return known[kind]()

@@ -1,0 +1,99 @@
+"""`Patch`, the base class of the backbones: it locates (tower, decoder, grid, newlines), no more."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from vidcompress.tokens import Grid
+
+if TYPE_CHECKING:
+    from vidcompress.engine.saliency import TowerSignals
+    from vidcompress.engine.siglip_head import SiglipHead
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """One video as it came out of the encoder.
+
+    Attributes:
+        grid: (t, h, w) of its tokens for the decoder.
+        newlines: tokens that follow the video's own; they always stay.
+        signals: by name, what the tower was asked for: `frame_features` [t, F], saliency [t, h * w].
+    """
+
+    grid: Grid
+    newlines: int = 0
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def placeholders(self) -> int:
+        """Places this video takes in the prompt."""
+        return self.tokens + self.newlines
+
+
+class Patch:
+    """One backbone, a page of facts. A subclass sets the class attributes and answers `encoded`."""
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    anchors: ClassVar[tuple[str, ...]] = ("language_model.layers", "language_model.rotary_emb", "get_video_features")
+    """Attributes of the base model without which the engine cannot work."""
+    rotary_axes: ClassVar[int] = 1
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError if this transformers version keeps things elsewhere than the patch knows."""
+        import transformers
+
+        for anchor in self.anchors:
+            try:
+                operator.attrgetter(anchor)(self.base(model))
+            except AttributeError:
+                raise ValueError(
+                    f"{type(model).__name__} has no `{anchor}` in transformers {transformers.__version__}; "
+                    "vidcompress is tested with transformers 5.17 to 5.23"
+                ) from None
+
+    def base(self, model: nn.Module) -> Any:
+        """The multimodal model without its language-modelling head."""
+        return model.base_model
+
+    def decoder(self, model: nn.Module) -> Any:
+        """The text decoder."""
+        return self.base(model).language_model
+
+    def video_token(self, model: nn.Module) -> int:
+        """Id of the placeholder token."""
+        return self.base(model).config.video_token_id
+
+    def encoded(
+        self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
+    ) -> list[EncodedVideo]:
+        """The videos of one call of `get_video_features`, in order, from the call's arguments.
+
+        Args:
+            arguments: of the call, by name.
+            signals: by name, [F, ...] for all frames of all videos together.
+        """
+        raise NotImplementedError
+
+    def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
+        """What takes the signals `needs` out of the vision tower while it runs; None if nothing is needed."""
+        raise NotImplementedError
+
+    def default_head(self, model: nn.Module) -> str | None:
+        """Hub id of the SigLIP checkpoint whose pooling head fits this model's tower, if one is known."""
+        return None
+
+    def vision_config(self, model: nn.Module) -> Any:
+        """Config of the vision tower."""
+        return self.base(model).config.vision_config

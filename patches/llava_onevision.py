@@ -1,0 +1,61 @@
+"""LLaVA-OneVision (transformers): projected SigLIP patches, pooled bilinearly to half the side; one newline a video."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from vidcompress.patches.base import EncodedVideo, Patch
+
+from vidcompress.engine.saliency import TowerSignals
+from vidcompress.engine.siglip_head import SiglipHead
+
+
+class LlavaOnevisionPatch(Patch):
+    model_types = ("llava_onevision",)
+    provides = frozenset({"frame_features", "saliency.head", "saliency.received"})
+    anchors = (*Patch.anchors, "vision_tower.encoder.layers", "apply_pooling")
+
+    def encoded(
+        self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
+    ) -> list[EncodedVideo]:
+        # [videos, frames, channels, height, width]; the argument was renamed within 5.x
+        pixels = next(arguments[k] for k in ("pixel_values_videos", "pixel_values") if k in arguments)
+        videos, frames = pixels.shape[:2]
+        config = self.vision_config(model)
+        side = math.ceil((config.image_size // config.patch_size) / 2)  # 27 -> 14 for the real models
+        return [
+            EncodedVideo(
+                grid=(frames, side, side),
+                newlines=1,
+                signals={name: s.view(videos, frames, -1)[v] for name, s in signals.items()},
+            )
+            for v in range(videos)
+        ]
+
+    def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
+        base = self.base(model)
+        layers = base.vision_tower.encoder.layers
+        selected = base.config.vision_feature_layer
+        selected = [selected] if isinstance(selected, int) else selected
+        # hidden_states[0] is what enters the first layer, so that hidden_states[i] leaves layer i - 1
+        last = max(i if i >= 0 else len(layers) + 1 + i for i in selected) - 1
+        if last < 0:
+            raise ValueError(f"vision_feature_layer {selected} uses no layer of the vision tower; saliency needs one")
+
+        return TowerSignals(layers[last], needs, head, functools.partial(self.pool_saliency, model))
+
+    def pool_saliency(self, model: nn.Module, scores: Tensor) -> Tensor:
+        """[F, patches] -> [F, P], exactly as the features are pooled."""
+        base = self.base(model)
+        if base.config.vision_feature_select_strategy == "default":
+            scores = scores[:, 1:]
+        return base.apply_pooling(scores[..., None])[..., 0]
+
+    def default_head(self, model: nn.Module) -> str | None:
+        config = self.vision_config(model)
+        so400m = (config.hidden_size, config.patch_size, config.image_size) == (1152, 14, 384)
+        return "google/siglip-so400m-patch14-384" if so400m else None

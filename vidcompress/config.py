@@ -1,0 +1,122 @@
+"""From what a user writes (a name, a YAML file, a dict, a Method, a list of these) to a `Method` or a `Pipeline`.
+
+Settings are laid over each other in this order, later ones win: the class's defaults, the shipped YAML of the method,
+the YAML's preset row nearest to the retention ratio, the user's own file or dict, keyword overrides.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from vidcompress.method import Method, Pipeline, list_methods, nearest
+
+Compression = str | os.PathLike | Mapping[str, Any] | Method | Pipeline | Sequence[Any]
+
+DOCUMENTATION = frozenset({"paper", "differs", "presets"})
+"""Keys of a YAML that describe the method and are not settings of it."""
+
+
+def load(compression: Compression, **overrides: Any) -> Method | Pipeline:
+    """A ready `Method`, or a `Pipeline` for a list.
+
+    Args:
+        compression: a method's name ("infomerge"), a YAML path, a mapping with the key `method`, a `Method`, or a list
+            of these for a pipeline.
+        overrides: settings that win over all others, e.g. `retention_ratio=0.1`.
+
+    Raises:
+        ValueError: unknown method or setting (the nearest name is suggested), a value out of range, YAML that is not
+            a mapping or a list.
+        TypeError: a setting of the wrong type, or something that is no compression at all.
+        FileNotFoundError: a YAML path that does not exist.
+    """
+    if isinstance(compression, Pipeline) or (isinstance(compression, Sequence) and not isinstance(compression, str)):
+        if overrides:
+            raise ValueError(f"settings {sorted(overrides)} are ambiguous for a pipeline; give them in its entries")
+        if isinstance(compression, Pipeline):
+            return compression
+        methods: list[Method] = []
+        for entry in compression:
+            part = load(entry)
+            methods.extend(part if isinstance(part, Pipeline) else [part])
+        return Pipeline(methods)
+    if isinstance(compression, Method):
+        _refuse_unknown(type(compression), overrides)
+        return replace(compression, **overrides) if overrides else compression
+    if isinstance(compression, Mapping):
+        return _build(dict(compression), overrides, "this mapping")
+    if isinstance(compression, str) and not _is_path(compression):
+        return _build({"method": compression}, overrides, "")
+    if isinstance(compression, (str, os.PathLike)):
+        path = Path(compression)
+        content = read_yaml(path)
+        if isinstance(content, list):
+            return load(content, **overrides)
+        return _build(content, overrides, f"{path}")
+    raise TypeError(
+        "compression must be a method's name, a YAML path, a mapping, a Method or a list of these, "
+        f"got {type(compression).__name__}"
+    )
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """The shipped YAML of a method, as a mapping."""
+    return read_yaml(importlib.resources.files("vidcompress.configs") / f"{name}.yaml")
+
+
+def read_yaml(path: Any) -> Any:
+    """The content of a YAML file; ValueError unless it is a mapping or a list."""
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such YAML file: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, (dict, list)):
+        raise ValueError(f"{path} must hold a mapping with the key `method` (or a list of such), got {content!r:.60}")
+    return content
+
+
+def preset_for(presets: Mapping[float, Mapping[str, Any]], retention_ratio: float) -> dict[str, Any]:
+    """The preset row whose ratio is nearest to `retention_ratio`; the smaller one when two are equally near."""
+    if not presets:
+        return {}
+    return dict(presets[min(presets, key=lambda r: (round(abs(r - retention_ratio), 12), r))])
+
+
+def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Method:
+    known = list_methods()
+    name = given.pop("method", None)
+    if not isinstance(name, str):
+        raise ValueError(f"{where} must name its `method` (one of: {', '.join(known)}), got {name!r}")
+    if name not in known:
+        raise ValueError(f"unknown compression {name!r}{nearest(name, known)}; available: {', '.join(known)}")
+    cls = known[name]
+    base = shipped(name)
+    presets = given.get("presets") or base.get("presets") or {}
+    user = {k: v for k, v in given.items() if k not in DOCUMENTATION} | overrides
+    _refuse_unknown(cls, user)
+    defaults = {k: v for k, v in base.items() if k not in DOCUMENTATION and k != "method"}
+    ratio = user.get("retention_ratio", defaults.get("retention_ratio"))
+    if presets:
+        cls(retention_ratio=ratio)  # a bad ratio is refused before it picks a row
+        defaults |= preset_for(presets, ratio)
+    return cls(**(defaults | user))
+
+
+def _refuse_unknown(cls: type[Method], given: Mapping[str, Any]) -> None:
+    names = [f.name for f in fields(cls)]
+    for key in given:
+        if key not in names:
+            raise ValueError(f"{cls.name} has no setting {key!r}{nearest(str(key), names)}; it has: {', '.join(names)}")
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or os.sep in text

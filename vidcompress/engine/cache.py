@@ -1,0 +1,113 @@
+"""A KV cache with two lengths: the caller's (logical) and the one that is stored (physical).
+
+generate() uses `get_seq_length` wherever it means the caller's length, and `get_query_offset`/`get_mask_sizes` wherever
+it means stored keys. Answering the first with the logical and the others with the physical length is all that several
+turns, manual loops, beams and assisted decoding need. Compression only ever shortens a fixed prefix; tokens decoded
+later are stored one to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+@dataclass
+class CacheState:
+    """The compressed prefix of a cache.
+
+    Attributes:
+        logical: tokens of the caller's sequence that the prefix stands for.
+        mask: [B, physical] bool, True where the prefix holds a real token.
+        shift: [B] by how much renumbering moved the positions that follow, or None.
+    """
+
+    logical: int
+    mask: Tensor
+    shift: Tensor | None = None
+
+    @property
+    def removed(self) -> int:
+        return self.logical - self.mask.shape[1]
+
+    def map(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Applies a change of batch rows."""
+        self.mask = rows(self.mask)
+        if self.shift is not None:
+            self.shift = rows(self.shift)
+
+
+class LogicalLength:
+    """Mixed in front of a cache's own class; `vidcompress_state` is the compressed prefix, or None."""
+
+    vidcompress_state: CacheState | None = None
+    layers: list[Any]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        stored = super().get_seq_length(layer_idx)  # type: ignore[misc]
+        state = self.vidcompress_state
+        if state is None or not self.layers or not self.layers[0].is_initialized:
+            return stored
+        return stored + state.removed
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in transformers (a negative count, or a positive final length in the caller's terms).
+
+        Raises ValueError if it would reach into the compressed prompt, whose tokens are not one to one.
+        """
+        length = int(self.get_seq_length())
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        state = self.vidcompress_state
+        if state is not None and length - remove < state.logical:
+            raise ValueError(
+                f"cannot crop this cache from {length} to {length - remove} tokens: its first {state.logical} are a "
+                f"compressed prompt of {state.mask.shape[1]} stored tokens; crop to {state.logical} or more, or reset()"
+            )
+        super().crop(-remove)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.vidcompress_state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._map(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._map(lambda rows: rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._map(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.vidcompress_state is not None:
+            self.vidcompress_state.map(rows)
+
+
+_LOGICAL: dict[type, type] = {}
+
+
+def commit(cache: Cache, state: CacheState) -> None:
+    """Notes the compressed prefix on `cache` (of any class), which from now on knows both lengths."""
+    if not isinstance(cache, LogicalLength):
+        kind = type(cache)
+        if kind not in _LOGICAL:
+            _LOGICAL[kind] = type(kind.__name__, (LogicalLength, kind), {"__module__": kind.__module__})
+        cache.__class__ = _LOGICAL[kind]
+    cache.vidcompress_state = state  # type: ignore[attr-defined]
+
+
+def state_of(cache: Cache | None) -> CacheState | None:
+    """The compressed prefix of a cache; None for a plain or empty one."""
+    state = getattr(cache, "vidcompress_state", None)
+    return state if state is None or torch.is_tensor(state.mask) else None

@@ -1,0 +1,21 @@
+"""State that belongs to one thread."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+
+class ThreadState(threading.local):
+    """Attributes that every thread sees for itself, None until it sets them. A copy or a pickle starts empty."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadState:
+        return ThreadState()
+
+    def __reduce__(self) -> tuple[type[ThreadState], tuple[()]]:
+        return ThreadState, ()

@@ -1,0 +1,145 @@
+"""`Handle`: one application of a compression to one model, and its undoing."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from vidcompress import patches
+from vidcompress.config import Compression, load
+from vidcompress.engine.hooks import Engine
+from vidcompress.engine.siglip_head import SiglipHead, load_siglip_head
+from vidcompress.method import Method, Pipeline
+from vidcompress.tokens import Site
+from vidcompress.trace import Trace
+
+ATTRIBUTE = "_vidcompress"
+"""Where a compressed model keeps its handle."""
+
+HEAD_SIGNALS = frozenset({"frame_features", "saliency.head"})
+
+
+class Handle:
+    """What `vidcompress.apply` returns: `.trace`, `.switch(...)`, `.remove()`; also a context manager.
+
+    Raises:
+        ValueError: the model has no patch, is compressed already, or cannot serve this method; nothing is changed.
+        TypeError: `model` is no torch module.
+    """
+
+    def __init__(self, model: nn.Module, compression: Method | Pipeline, trace: bool = True) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+        if handle_of(model) is not None:
+            raise ValueError(
+                f"this model already compresses with {handle_of(model).compression.name!r}; "  # type: ignore[union-attr]
+                "use handle.switch(...) to change the method, or handle.remove() first"
+            )
+        self.model = model
+        self.trace = Trace(trace)
+        self._patch = patches.find(model.config)
+        self._patch.check(model)
+        self._heads: dict[str, SiglipHead] = {}
+        self.compression = Pipeline.of(compression)
+        self._check(self.compression)
+        head = self._head(self.compression)
+        self._engine = Engine(model, self._patch, self.trace)
+        try:
+            self._engine.configure(self.compression, head)
+        except BaseException:
+            self._engine.remove()
+            raise
+        model.__dict__[ATTRIBUTE] = self
+
+    def switch(self, compression: Compression, **settings: Any) -> Handle:
+        """Uses another method from the next prompt on. If it is refused, the present one stays in force."""
+        if not self.active:
+            raise ValueError("this handle was removed; apply the compression anew")
+        pipeline = Pipeline.of(load(compression, **settings))
+        self._check(pipeline)
+        self._engine.configure(pipeline, self._head(pipeline))
+        self.compression = pipeline
+        return self
+
+    @property
+    def active(self) -> bool:
+        """False once removed."""
+        return self.model.__dict__.get(ATTRIBUTE) is self
+
+    def remove(self) -> None:
+        """Makes the model bit-exactly its own again. Does nothing the second time."""
+        if self.active:
+            self._engine.remove()
+            del self.model.__dict__[ATTRIBUTE]
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else ", removed"
+        return f"Handle({self.compression.name} on {type(self.model).__name__}{state}, {self.trace!r})"
+
+    # -- what is refused before anything is changed ------------------------------------------------------------------
+    def _check(self, pipeline: Pipeline) -> None:
+        missing = pipeline.needs - self._patch.provides
+        if missing:
+            raise ValueError(
+                f"{pipeline.name} needs {sorted(missing)}, which {self.model.config.model_type} does not provide "
+                f"(it provides {sorted(self._patch.provides)})"
+            )
+        decoder = self._patch.decoder(self.model)
+        if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or []):
+            raise ValueError(
+                "this text decoder has sliding-window layers; a window counts stored tokens, and compression changes "
+                "their number. Only full attention is supported (set use_sliding_window=False in the text config)"
+            )
+        depth = len(decoder.layers)
+        for site, method in pipeline.stages.items():
+            if site == Site.projector():
+                continue
+            if not 0 <= site.layer < depth:
+                raise ValueError(f"{method.name} acts at layer {site.layer}; the decoder has layers 0 to {depth - 1}")
+            raise ValueError(
+                f"{method.name} acts at {site}; this version of vidcompress reduces before the decoder only "
+                f"({Site.projector()})"
+            )
+
+    def _head(self, pipeline: Pipeline) -> SiglipHead | None:
+        """The SigLIP pooling head the pipeline asks for, or None with one warning where there is none (D9)."""
+        sources = {getattr(m, "siglip_head", "auto") for m in pipeline if m.needs & HEAD_SIGNALS}
+        if not sources:
+            return None
+        if len(sources) > 1:
+            raise ValueError(f"the methods of a pipeline must agree on siglip_head, got {sorted(map(str, sources))}")
+        source = sources.pop()
+        config = self._patch.vision_config(self.model)
+        reason = "none was asked for (siglip_head)"
+        if source == "auto":
+            source = self._patch.default_head(self.model)
+            reason = "no published SigLIP head fits this vision tower"
+            if source is not None and source not in self._heads:
+                try:
+                    self._heads[source] = load_siglip_head(source, config)
+                except OSError as error:
+                    reason, source = f"{source} could not be read ({error})", None
+        elif source not in (None, "none") and source not in self._heads:
+            self._heads[source] = load_siglip_head(source, config)
+        if source in self._heads:
+            return self._heads[source]
+        warnings.warn(
+            f"{pipeline.name} takes its saliency from SigLIP's pooling head, and {reason}: it falls back to the "
+            "attention that tokens receive in the tower's last layer, and to mean tokens as frame features. Results "
+            "differ from the paper's; pass siglip_head=<folder, file or hub id of the SigLIP checkpoint>",
+            stacklevel=3,
+        )
+        return None
+
+
+def handle_of(model: Any) -> Handle | None:
+    """The handle of a compressed model, e.g. of one loaded with `compression=...`; None for a plain model."""
+    return getattr(model, "__dict__", {}).get(ATTRIBUTE)

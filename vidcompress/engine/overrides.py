@@ -1,0 +1,103 @@
+"""Stand-ins for methods of one model instance. They are objects of module-level classes, not closures, so that a
+patched model can be deep-copied and pickled; removing them uncovers the class's own method again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from vidcompress.engine.hooks import Engine
+
+
+class Override:
+    """Callable put on `owner` under `method`; subclasses say what a call does."""
+
+    method: str
+
+    def __init__(self, owner: nn.Module, engine: Engine) -> None:
+        self.owner, self.engine = owner, engine
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own method."""
+        return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() inspects get_video_features to choose which arguments to hand over
+        return inspect.signature(getattr(type(self.owner), self.method).__get__(self.owner))
+
+    def install(self) -> None:
+        self.owner.__dict__[self.method] = self
+
+    def remove(self) -> None:
+        self.owner.__dict__.pop(self.method, None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class GetVideoFeatures(Override):
+    """Notes grid and signals of every video that is encoded."""
+
+    method = "get_video_features"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine.encode(self, args, kwargs)
+
+
+class Generate(Override):
+    """Refuses what compression cannot serve, before any work is done."""
+
+    method = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("pixel_values_videos") is not None:
+            refuse_mask(kwargs.get("attention_mask"))
+            configs = (kwargs.get("generation_config"), getattr(self.owner, "generation_config", None))
+            chunk = kwargs.get("prefill_chunk_size")
+            for config in configs if chunk is None else ():
+                if config is not None:
+                    chunk = getattr(config, "prefill_chunk_size", None)
+                    break
+            if chunk is not None:
+                raise ValueError(
+                    f"prefill_chunk_size={chunk} with a video: a chunk may hold part of a video, and a video is "
+                    "reduced as a whole; use prefill_chunk_size=None (the compressed prompt is short)"
+                )
+        return self.original(*args, **kwargs)
+
+
+class PlainMasks(Override):
+    """Static caches make generate() build 4-D masks for the caller's length; the engine needs the 2-D one."""
+
+    method = "create_masks_for_generate"
+
+    def __call__(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return attention_mask
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__call__)
+
+
+class NoAutoCompile(Override):
+    """The hooks keep Python state, so static-cache decoding must not be compiled behind the caller's back."""
+
+    method = "_valid_auto_compile_criteria"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
+def refuse_mask(mask: Any) -> None:
+    """ValueError unless `mask` is None or 2-D."""
+    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+        shape = "a dict of masks" if isinstance(mask, dict) else f"shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"attention_mask is {shape}: a prepared mask cannot follow tokens that are removed; "
+            "pass a 2-D mask [batch, length] or none"
+        )

@@ -1,0 +1,120 @@
+"""One forward of the text decoder as the engine sees it: embeddings, mask and positions, and their shortening."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidcompress.engine.cache import CacheState
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The tokens that are new in this forward, and what lies before them in the cache.
+
+    Attributes:
+        embeds: [B, L, C].
+        mask: [B, L] bool, True for real tokens, False for padding.
+        positions: [A, B, L] rotary positions; A = 1, or 3 for M-RoPE (time, row, column).
+        past_mask: [B, stored] bool, the same for the keys in the cache.
+        shift: [B] what renumbering took off the positions so far, or None.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+    past_mask: Tensor
+    shift: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[1]
+
+    @property
+    def full_mask(self) -> Tensor:
+        """[B, stored + L] bool: every key this forward can see, causality aside."""
+        return torch.cat([self.past_mask, self.mask], 1)
+
+    def shortened(self, columns: Rows[Tensor], renumber: bool) -> tuple[Sequence, Tensor]:
+        """The sequence of the given columns, rows padded on the left to the longest.
+
+        Args:
+            columns: for every row the ascending columns that stay; real tokens only.
+            renumber: number the survivors consecutively from their row's first position, on all axes.
+
+        Returns:
+            The sequence and [B, n], the column each of its tokens came from (padding repeats a padding column).
+        """
+        index, mask = left_pad(columns, self.mask)
+        positions = torch.stack([axis.gather(1, index) for axis in self.positions])
+        shift = self.shift
+        if renumber:
+            first = positions[0].masked_fill(~mask, torch.iinfo(positions.dtype).max).amin(1)
+            anew = (first[:, None] + mask.long().cumsum(1) - 1).masked_fill(~mask, 0)
+            moved = self.positions.amax((0, 2)) - anew[:, -1]
+            shift = moved if shift is None else shift + moved
+            positions = anew.expand_as(positions)
+        return replace(self, embeds=take(self.embeds, index), mask=mask, positions=positions, shift=shift), index
+
+
+def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int) -> Sequence:
+    """The decoder's keyword arguments as a `Sequence`.
+
+    Args:
+        kwargs: `inputs_embeds`, and optionally `attention_mask` [B, past + L] and `position_ids` ([B, L], [3, B, L], or
+            [4, B, L] whose first row is the text position that transformers adds for M-RoPE).
+        past: tokens before this forward, in the caller's terms.
+        state: the cache's compressed prefix, if any.
+        axes: rotary axes of this decoder, 1 or 3.
+    """
+    embeds = kwargs["inputs_embeds"]
+    batch, length, _ = embeds.shape
+    device = embeds.device
+    given = kwargs.get("attention_mask")
+    given = None if given is None else given.to(device).bool()
+
+    def old(start: int, end: int) -> Tensor:
+        if given is None:
+            return torch.ones(batch, end - start, dtype=torch.bool, device=device)
+        return given[:, start:end]
+
+    past_mask = old(0, past) if state is None else torch.cat([state.mask.to(device), old(state.logical, past)], 1)
+    mask = old(past, past + length) if given is None else given[:, -length:]
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(past, past + length, device=device)
+    if positions.dim() == 3:
+        positions = positions[-axes:]
+    positions = positions.to(device).expand(axes, batch, length)
+    shift = None if state is None or state.shift is None else state.shift.to(device)
+    if shift is not None:
+        positions = positions - shift[:, None]
+    return Sequence(embeds, mask, positions, past_mask, shift)
+
+
+def left_pad(columns: Rows[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """([B, n] column of every token, [B, n] bool real): rows of different lengths, padded on the left."""
+    longest = max(row.numel() for row in columns)
+    padding = (~mask).float().argmax(1)  # some padding column of each row, or 0
+    index = padding[:, None].repeat(1, longest)
+    real = torch.zeros_like(index, dtype=torch.bool)
+    for b, row in enumerate(columns):
+        if row.numel():
+            index[b, -row.numel() :] = row
+            real[b, -row.numel() :] = True
+    return index, real
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, L, ...] at index [B, n] -> [B, n, ...]."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def scatter(x: Tensor, index: Tensor, real: Tensor, length: int) -> Tensor:
+    """The reverse of `take` for real tokens: [B, n, C] -> [B, length, C], zeros where nothing came from."""
+    row, column = real.nonzero(as_tuple=True)
+    return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_put((row, index[row, column]), x[row, column])

@@ -1,0 +1,27 @@
+"""The steps that methods share. Each folder holds `naive.py`, the definition, and where it pays `torch.py`, as fast and
+as exact. All decisions are taken in fp32 or better, ties go to the lowest index, and two runs give the same bits.
+"""
+
+from vidcompress.ops.anchor_budgets import anchor_budgets
+from vidcompress.ops.anchor_merge import anchor_merge
+from vidcompress.ops.apportion import apportion
+from vidcompress.ops.column_mean_attention import column_mean_attention
+from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
+from vidcompress.ops.density_peaks import density_peaks
+from vidcompress.ops.merge import merge
+from vidcompress.ops.segment_frames import segment_frames
+from vidcompress.ops.spectral_entropy import spectral_entropy
+from vidcompress.ops.top_tokens import top_tokens
+
+__all__ = [
+    "anchor_budgets",
+    "anchor_merge",
+    "apportion",
+    "column_mean_attention",
+    "cosine_fingerprint",
+    "density_peaks",
+    "merge",
+    "segment_frames",
+    "spectral_entropy",
+    "top_tokens",
+]

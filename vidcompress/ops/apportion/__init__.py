@@ -1,0 +1,5 @@
+"""Sharing out a whole number of tokens."""
+
+from vidcompress.ops.apportion.naive import apportion
+
+__all__ = ["apportion"]

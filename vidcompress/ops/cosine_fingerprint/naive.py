@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def cosine_fingerprint(tokens: Tensor) -> Tensor:
+    length, positions, _ = tokens.shape
+    out = torch.zeros(positions, device=tokens.device)
+    if length == 1:
+        return out
+    for p in range(positions):
+        unit = normalize(tokens[:, p].double(), dim=-1, eps=1e-30)  # [L, C]
+        fingerprint = unit @ unit.T  # [L, L]
+        out[p] = (fingerprint[1:] - fingerprint[:-1]).abs().mean()
+    return out

@@ -1,0 +1,208 @@
+"""The vocabulary: what a method sees (`VideoTokens`), where (`Site`), and what it answers (`Reduction`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of one video's tokens, after the projector's pooling and without newline tokens."""
+
+
+class Site(NamedTuple):
+    """A place where a method acts: the projector's output (outer-LLM) or the input of a decoder layer (inner-LLM)."""
+
+    name: str
+    layer: int = -1
+
+    @classmethod
+    def projector(cls) -> Site:
+        """The video tokens as the text decoder is about to get them."""
+        return cls("projector")
+
+    @classmethod
+    def decoder(cls, layer: int) -> Site:
+        """The input of decoder layer `layer`, counted from 0."""
+        return cls("decoder", layer)
+
+    def __str__(self) -> str:
+        return self.name if self.name == "projector" else f"{self.name}[{self.layer}]"
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """The M surviving tokens of one video, oldest frame first.
+
+    Attributes:
+        features: [M, C], in the model's dtype.
+        grid: (t, h, w) of the whole video; M = t * h * w as long as nothing was removed.
+        index: [M] ascending places in the flattened t * h * w grid; None stands for all of them.
+        signals: what the method's `needs` asked for, by name: `frame_features` [t, F], `saliency.head` [M],
+            `saliency.received` [M].
+    """
+
+    features: Tensor
+    grid: Grid
+    index: Tensor | None = None
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        t, h, w = self.grid
+        if min(self.grid) < 1:
+            raise ValueError(f"grid {self.grid} has an empty side; frames, rows and columns must be at least 1")
+        if self.features.dim() != 2:
+            raise ValueError(f"features must be [tokens, channels], got shape {tuple(self.features.shape)}")
+        expected = t * h * w if self.index is None else self.index.numel()
+        if len(self) != expected:
+            raise ValueError(f"{len(self)} tokens do not fill the grid {self.grid} ({expected} tokens expected)")
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def frames(self) -> Tensor:
+        """[t, P, C] view of the features, P = h * w. Only for a video of which nothing was removed yet."""
+        t, h, w = self.grid
+        return self.features.reshape(t, h * w, -1)
+
+    def signal(self, name: str) -> Tensor:
+        """The signal `name`; KeyError if the method did not list it in `needs`."""
+        if name not in self.signals:
+            raise KeyError(f"signal {name!r} was not computed; list it in `needs` (has: {[*self.signals]})")
+        return self.signals[name]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A decision, not yet carried out: a sparse [K, N] map from N source tokens to K survivors.
+
+    Attributes:
+        keep: [K] ascending source indices of the survivors; they give a survivor its place and position.
+        num_source: N.
+        slot, source, weight: [E] triplets: survivor `slot` receives `weight` times the token `source`. A slot without
+            triplets hands its own token on, unchanged. None means that no slot has any (pure pruning).
+        notes: what the method wants recorded (segments, budgets); read by the trace only.
+    """
+
+    keep: Tensor
+    num_source: int
+    slot: Tensor | None = None
+    source: Tensor | None = None
+    weight: Tensor | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def identity(cls, n: int, device: torch.device | str = "cpu") -> Reduction:
+        """Keeps all n tokens as they are."""
+        return cls(torch.arange(n, device=device), n)
+
+    @classmethod
+    def merging(
+        cls,
+        keep: Tensor,
+        num_source: int,
+        parts: Sequence[tuple[Tensor, Tensor, Tensor]],
+        notes: Mapping[str, Any] | None = None,
+    ) -> Reduction:
+        """From parts of (survivor, source, weight) triplets whose survivors are named by their source index."""
+        if not parts or not sum(p[0].numel() for p in parts):
+            return cls(keep, num_source, notes=notes or {})
+        survivor, source, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        return cls(keep, num_source, torch.searchsorted(keep, survivor), source, weight, notes or {})
+
+    def __len__(self) -> int:
+        return self.keep.numel()
+
+    @property
+    def is_identity(self) -> bool:
+        """True if every token is kept and none is mixed: applying it would change nothing."""
+        return len(self) == self.num_source and self.slot is None
+
+    def check(self) -> Reduction:
+        """Returns self, or raises RuntimeError if this is not a lawful map (a method's own mistake)."""
+        k, n = len(self), self.num_source
+        lawful = 0 < k <= n
+        if lawful:
+            facts = [(self.keep.diff() > 0).all(), self.keep[0] >= 0, self.keep[-1] < n]
+            if self.slot is not None and self.slot.numel():
+                assert self.source is not None and self.weight is not None
+                facts += [(self.slot >= 0).all(), (self.slot < k).all()]
+                facts += [(self.source >= 0).all(), (self.source < n).all(), self.weight.isfinite().all()]
+                lawful = self.slot.shape == self.source.shape == self.weight.shape
+            lawful = lawful and bool(torch.stack(facts).all())  # one wait for the device, not eight
+        if not lawful:
+            raise RuntimeError(f"unlawful reduction: {k} survivors of {n} tokens must be ascending indices below {n}")
+        return self
+
+    def apply(self, features: Tensor) -> Tensor:
+        """[N, C] -> [K, C] in the dtype of `features`; sums run in fp32. Differentiable in `features`."""
+        if features.shape[0] != self.num_source:
+            raise ValueError(f"this reduction maps {self.num_source} tokens, got {features.shape[0]}")
+        if self.slot is None:
+            return features[self.keep]
+        from vidcompress.ops import merge
+
+        assert self.source is not None and self.weight is not None
+        return merge(features, self.keep, self.slot, self.source, self.weight)
+
+    def then(self, later: Reduction) -> Reduction:
+        """This reduction followed by `later` (a map of this one's K survivors), as one map of the N sources."""
+        if later.num_source != len(self):
+            raise ValueError(f"cannot follow a map to {len(self)} tokens by a map of {later.num_source}")
+        keep = self.keep[later.keep]
+        if self.slot is None and later.slot is None:
+            return Reduction(keep, self.num_source)
+        # Join: a later (slot, middle, b) meets every earlier (middle, source, a) and becomes (slot, source, a * b).
+        middle, source, a = self._triplets()
+        slot, wanted, b = later._triplets()
+        count = middle.bincount(minlength=len(self))  # [K] triplets of every earlier slot
+        each = count[wanted]
+        pair = torch.arange(int(each.sum()), device=keep.device) - (each.cumsum(0) - each).repeat_interleave(each)
+        pair += (count.cumsum(0) - count)[wanted].repeat_interleave(each)
+        key = slot.repeat_interleave(each) * self.num_source + source[pair]
+        weight = a[pair].double() * b.double().repeat_interleave(each)
+        # Equal (slot, source) pairs add up, in order.
+        key, order = key.sort(stable=True)
+        key, lengths = key.unique_consecutive(return_counts=True)
+        weight = torch.segment_reduce(weight[order], "sum", lengths=lengths)
+        slot, source = key // self.num_source, key % self.num_source
+        # A slot that only hands its own token on needs no triplet.
+        alone = (slot.bincount(minlength=len(keep))[slot] == 1) & (source == keep[slot]) & (weight == 1)
+        if alone.all():
+            return Reduction(keep, self.num_source)
+        return Reduction(keep, self.num_source, slot[~alone], source[~alone], weight[~alone].float())
+
+    def _triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(slot, source, weight) of the whole map, own-token rows included, sorted by slot."""
+        own = torch.ones(len(self), dtype=torch.bool, device=self.keep.device)
+        if self.slot is None:
+            return own.nonzero().squeeze(1), self.keep, own.float()
+        assert self.source is not None and self.weight is not None
+        own[self.slot] = False
+        mine = own.nonzero().squeeze(1)
+        slot, order = torch.cat([self.slot, mine]).sort(stable=True)
+        source = torch.cat([self.source, self.keep[mine]])[order]
+        return slot, source, torch.cat([self.weight, torch.ones_like(mine, dtype=self.weight.dtype)])[order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable: keep, num_source, merge triplets (or None) and notes."""
+        merge = None
+        if self.slot is not None:
+            assert self.source is not None and self.weight is not None
+            merge = {name: getattr(self, name).tolist() for name in ("slot", "source", "weight")}
+        return {"keep": self.keep.tolist(), "num_source": self.num_source, "merge": merge, "notes": _plain(self.notes)}
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, tuples and mappings as JSON types."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,115 @@
+"""What was kept, where, and what it cost: read by the CLI, by tests and by anyone who wants to look."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vidcompress.tokens import Grid, Reduction, Site
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reduction of one video at one site.
+
+    Attributes:
+        row, video: batch row and index of the video within the prompt.
+        before, after: video tokens, newlines not counted.
+        newlines: newline tokens of this video that stay beside the survivors.
+        seconds: wall time of the decision (the device is synchronised around it), merging not included.
+    """
+
+    row: int
+    video: int
+    site: Site
+    method: str
+    grid: Grid
+    before: int
+    after: int
+    newlines: int
+    seconds: float
+    reduction: Reduction
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; `kept`, `merge` and `notes` come from the reduction."""
+        facts = {k: getattr(self, k) for k in ("row", "video", "method", "before", "after", "newlines", "seconds")}
+        return facts | {"site": str(self.site), "grid": list(self.grid)} | self.reduction.to_dict()
+
+
+@dataclass
+class Prompt:
+    """One prefill: its reductions, and the sequence lengths before and after them.
+
+    Attributes:
+        length_before, length_after: tokens the decoder would have run over and did run over, padding included.
+        seconds: wall time of everything the library did at this prefill (signals from the tower not included).
+        signal_seconds: wall time of the saliency and frame features taken from the vision tower.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    length_before: int = 0
+    length_after: int = 0
+    seconds: float = 0.0
+    signal_seconds: float = 0.0
+
+    @property
+    def before(self) -> int:
+        """Video tokens in this prompt before compression, over all videos and rows, newlines not counted."""
+        return sum(s.before for s in self.steps)
+
+    @property
+    def after(self) -> int:
+        """Video tokens kept."""
+        return sum(s.after for s in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("before", "after", "length_before", "length_after", "seconds", "signal_seconds")
+        return {k: getattr(self, k) for k in names} | {"steps": [s.to_dict() for s in self.steps]}
+
+
+class Trace:
+    """The last prompts, newest last. `trace.enabled = False` stops recording and its device synchronisation.
+
+    Args:
+        history: how many prompts are remembered; older ones are forgotten, so that a server does not grow.
+    """
+
+    def __init__(self, enabled: bool = True, history: int = 16) -> None:
+        self.enabled = enabled
+        self.prompts: deque[Prompt] = deque(maxlen=history)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def __getitem__(self, i: int) -> Prompt:
+        return self.prompts[i]
+
+    @property
+    def last(self) -> Prompt | None:
+        """The newest prompt, or None if none with a video was seen."""
+        return self.prompts[-1] if self.prompts else None
+
+    def clear(self) -> None:
+        self.prompts.clear()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable: {"prompts": [...]}, oldest first."""
+        return {"prompts": [p.to_dict() for p in self.prompts]}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_dict()` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    def __repr__(self) -> str:
+        if not self.enabled:
+            return "Trace(off)"
+        kept = ", ".join(f"{p.before} -> {p.after}" for p in self.prompts)
+        return f"Trace({len(self.prompts)} prompts: {kept})" if kept else "Trace(no video seen yet)"
