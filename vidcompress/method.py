@@ -60,7 +60,7 @@ class Method:
         return True
 
     def budget(self, grid: Grid) -> int:
-        """Number of tokens kept of a (t, h, w) video: a pure function of the grid and the fields (methods.md D3)."""
+        """Number of tokens kept of a (t, h, w) video: a pure function of the grid and the fields (D3)."""
         t, h, w = grid
         per_frame = h * w
         total = t * per_frame

@@ -110,7 +110,7 @@ class Handle:
             )
 
     def _head(self, pipeline: Pipeline) -> SiglipHead | None:
-        """The SigLIP pooling head the pipeline asks for, or None with one warning where there is none (D9)."""
+        """The SigLIP pooling head the pipeline asks for, or None with one warning where there is none."""
         sources = {getattr(m, "siglip_head", "auto") for m in pipeline if m.needs & HEAD_SIGNALS}
         if not sources:
             return None

@@ -273,12 +273,12 @@ class Engine:
                         f"videos ({[v.placeholders for v in videos]} placeholders each); a truncated prompt?"
                     )
                 video = videos[following]
-                mine, places = places[: video.tokens], places[video.placeholders :]
+                mine, newlines, places = places.tensor_split([video.tokens, video.placeholders])
                 if following not in decided:
                     decided[following] = self._reduce(tokens.embeds[row, mine], video, row, following, prompt)
                 reduction, embeds = decided[following]
-                stays[mine] = False
                 stays[mine[reduction.keep]] = True
+                stays[newlines] = True
                 if embeds is not None:
                     plan.merged.append((row, mine[reduction.keep], embeds))
                 plan.removed += video.tokens - len(reduction)

@@ -1,4 +1,4 @@
-"""Saliency and frame features, taken from the vision tower while it encodes (decision D9).
+"""Saliency and frame features, taken from the vision tower while it encodes (docs/decisions.md, D6).
 
 `received` is the column mean of the last used layer's attention, `head` the probe attention of SigLIP's pooling head.
 Neither asks the tower for its attention matrices: queries and keys are caught on their way, so that the tower keeps its

@@ -1,8 +1,8 @@
-"""InfoMerge (ACL 2026 submission): static regions found by temporal fingerprints, budgets by what a segment holds.
+"""InfoMerge: information-aware token compression; static regions by temporal fingerprints, budgets by content.
 
 FastVID's pipeline with three additions: positions that do not change within a segment are not picked again and again
 (TFD); segments that are unlike the rest or rich in themselves get more tokens (CABA); a picked static token carries the
-mean of its position over the segment. Follows the recipe of methods.md 2.1; the paper's text leaves several steps open.
+mean of its position over the segment. docs/decisions.md says what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class InfoMerge(Method):
         salient_count, anchor_count = anchor_budgets(
             segments, p, budget, salient, weights.tolist(), self.anchor_interval
         )
-        # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10, 11, 29, 30).
+        # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10-11, 29-30).
         attention = tokens.signal("saliency.head").view(t, p).double()
         picked, replaced = self._select_salient(attention, segments, static, torch.tensor(salient_count))  # [T, P]
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).

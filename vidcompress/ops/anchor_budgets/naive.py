@@ -13,7 +13,7 @@ def anchor_budgets(
     weights: Sequence[float],
     interval: int,
 ) -> tuple[list[int], list[int]]:
-    """Places exactly `budget` tokens: `salient` in every frame, the rest as anchors (methods.md 2.1; rulings G7, G24).
+    """Places exactly `budget` tokens: `salient` in every frame, the rest as anchors (docs/decisions.md, D8-D9).
 
     A segment's anchor frames are its last one and every `interval`-th before it. The anchors are shared among segments
     in proportion to `weights` and within a segment as evenly as possible, the latest anchor frames getting one more.

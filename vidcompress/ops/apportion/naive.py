@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
-    """Shares `total` out in proportion to `weights`, none above its cap, adding up exactly (rulings G7, G24).
+    """Shares `total` out in proportion to `weights`, none above its cap, adding up exactly (docs/decisions.md, D9).
 
     What a cap turns away is shared among the others in proportion to their weights, again until no cap is exceeded
     (water-filling); then the largest remainders are rounded up, the lowest index first among equals.

@@ -10,7 +10,7 @@ __all__ = ["column_mean_attention"]
 
 
 def column_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Mean over heads and queries of softmax(scale * q k^T), without the N x N matrix of all heads (D9, `received`).
+    """Mean over heads and queries of softmax(scale * q k^T), without the N x N matrix of all heads (`received`).
 
     Args:
         query, key: [B, H, N, d].

@@ -18,12 +18,12 @@ def density_peaks(
     ties: Literal["index", "strict"] = "index",
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Density-peak score of every candidate of every frame (methods.md section 0; InfoMerge, eq. 31-33).
+    """Density-peak score of every candidate of every frame (DPC-kNN; InfoMerge, eq. 31-33).
 
     With D the Euclidean distance divided by sqrt(C) among a frame's candidates: density = exp(-mean of D^2 over the
     `neighbours` nearest, the point itself included), delta = distance to the nearest denser point, or the frame's
     largest distance for the densest, score = density * delta. Returned as a logarithm, which keeps the order where exp
-    would collapse to 1 or underflow (decision D2).
+    would collapse to 1 or underflow (docs/decisions.md, D2).
 
     Args:
         tokens: [B, n, C], one frame a row.

@@ -1,0 +1,65 @@
+"""The README tells the truth: its tables are fresh, its code runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tables():
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "scripts" / "make_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_fresh():
+    assert tables().render(README) == README, "run `make tables`"
+
+
+def test_a_stale_table_would_be_noticed():
+    stale = README.replace("| 627 at 0.1 |", "| 9 at 0.1 |")
+    assert stale != README and tables().render(stale) == README
+    with pytest.raises(ValueError, match="marks"):
+        tables().render(README.replace("<!-- methods -->", ""))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_first_lines_run(tmp_path, monkeypatch, capsys):
+    import transformers
+
+    from vidcompress.demo import make_checkpoint, make_clip
+
+    make_clip(tmp_path / "clip.mp4")
+    checkpoint = make_checkpoint(tmp_path / "model")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    code = code.replace("llava-hf/llava-onevision-qwen2-7b-ov-hf", str(checkpoint)).replace("bfloat16", "float32")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="falls back"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert "tensor" in capsys.readouterr().out
+    assert transformers.AutoModelForImageTextToText.__module__.startswith("transformers")
+
+
+def test_numbers_of_the_first_screen():
+    def tflops(n, d=3584, kv=512, m=18944):
+        """Multiply-accumulates of 28 layers (InfoMerge, eq. 13-14), in 1e12."""
+        return 28 * (n * (2 * d * d + 2 * d * kv) + 2 * n * n * d + 3 * n * d * m) / 1e12
+
+    def megabytes(n):
+        """Keys and values of 28 layers, 4 heads of 128, 2 bytes each."""
+        return n * 28 * 2 * 4 * 128 * 2 / 1e6
+
+    assert f"{32 * 196:,} visual tokens: {tflops(6272):.1f} TFLOPs" in README
+    assert f"{megabytes(6272):.0f} MB of KV cache" in README
+    assert f"627 tokens, {tflops(627):.1f} TFLOPs and {megabytes(627):.0f} MB" in README

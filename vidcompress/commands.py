@@ -1,0 +1,195 @@
+"""The commands behind `vidcompress.cli`: argument parsing and tables, nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vidcompress.compat import ensure_torchvision, require
+
+app = typer.Typer(
+    help="Training-free compression of video tokens in Hugging Face video-LLMs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out, err = Console(), Console(stderr=True)
+
+ROWS = (
+    ("frames", "frames", "d"),
+    ("video tokens", "tokens_after", "d"),
+    ("prompt tokens", "prompt_after", "d"),
+    ("decode video, ms", "decode_ms", ".0f"),
+    ("vision, ms", "vision_ms", ".1f"),
+    ("compression, ms", "compression_ms", ".1f"),
+    ("prefill, ms", "prefill_ms", ".1f"),
+    ("generation, ms", "generation_ms", ".1f"),
+    ("peak memory, MB", "peak_memory_mb", ".0f"),
+    ("answer", "answer", "s"),
+)
+
+
+@app.command()
+def run(
+    video: Annotated[str, typer.Argument(help="Path or URL of a video.")],
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    model: Annotated[str, typer.Option(help="Checkpoint: folder or hub id.")],
+    compression: Annotated[str | None, typer.Option(help="Method; `vidcompress list` shows all.")] = None,
+    retention_ratio: Annotated[float | None, typer.Option(help="Fraction of video tokens kept, in (0, 1].")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the method's settings.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames, evenly spaced. Default: up to 32.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, instead of --num-frames.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto. Default: a GPU if any.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    attn: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer without compression.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    save_trace: Annotated[Path | None, typer.Option(help="Write what was kept as JSON.")] = None,
+) -> None:
+    """Answer a question about a video, with compressed video tokens."""
+    require("video", "av", "torchvision")
+    from vidcompress.config import load
+
+    if compression and config:
+        raise ValueError("give --compression or --config, not both")
+    overrides = {} if retention_ratio is None else {"retention_ratio": retention_ratio}
+    method = load(config or compression or "infomerge", **overrides)
+    clip, seconds = _decode(video, num_frames, fps)
+    network, processor = _load_model(model, device, dtype, attn)
+    results = _answer(network, processor, clip, prompt, method, compare, max_new_tokens, seconds, save_trace)
+    if as_json:
+        print(json.dumps({"video": clip.to_dict(), "results": [r.to_dict() for r in results]}, indent=1))
+    else:
+        out.print(results_table(results))
+
+
+@app.command("list")
+def list_(backbones: Annotated[bool, typer.Option("--backbones", help="Models instead of methods.")] = False) -> None:
+    """The methods, or the models they run on."""
+    if backbones:
+        ensure_torchvision()
+    from vidcompress.tables import backbone_rows, method_rows
+
+    header, rows = backbone_rows() if backbones else method_rows()
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A method's name, or a YAML file.")],
+    retention_ratio: Annotated[float | None, typer.Option(help="Picks the preset nearest to it.")] = None,
+    grid: Annotated[str, typer.Option(help="Frames x rows x columns of video tokens.")] = "32x14x14",
+) -> None:
+    """A method's settings, what they mean, and how many tokens it keeps."""
+    from vidcompress.config import load, shipped
+
+    method = load(name, **({} if retention_ratio is None else {"retention_ratio": retention_ratio}))
+    try:
+        t, h, w = (int(side) for side in grid.split("x"))
+    except ValueError:
+        raise ValueError(f"--grid must look like 32x14x14, got {grid!r}") from None
+    paper = shipped(method.name)
+    table = Table("setting", "value", "meaning", title=f"{method.name}: {paper['paper']['title']}")
+    for f in fields(method):
+        table.add_row(f.name, str(getattr(method, f.name)), f.metadata["doc"])
+    out.print(table)
+    bound = "" if method.exact else "at most "
+    out.print(f"keeps {bound}{method.budget((t, h, w))} of {t * h * w} tokens of a {grid} video")
+    out.print(f"acts at {', '.join(map(str, method.sites()))}; needs {', '.join(sorted(method.needs)) or 'nothing'}")
+    for line in paper.get("differs", []):
+        out.print(f"differs: {line}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option(help="Keep checkpoint and clip in this folder.")] = None,
+    retention_ratio: Annotated[float, typer.Option(help="Fraction of video tokens kept.")] = 0.1,
+) -> None:
+    """A clip and a tiny checkpoint made on the spot, answered with and without compression."""
+    require("video", "av", "torchvision")
+    ensure_torchvision()
+    from vidcompress.demo import run_demo
+
+    run_demo(out, folder, retention_ratio)
+
+
+def results_table(results: list[Any]) -> Table:
+    """One column a result, one row a quantity."""
+    table = Table("", *(r.compression for r in results))
+    for title, name, form in ROWS:
+        table.add_row(title, *(escape(format(getattr(r, name), form)) for r in results))
+    return table
+
+
+def _decode(video: str, num_frames: int | None, fps: float | None) -> tuple[Any, float]:
+    from vidcompress.video import load_video
+
+    start = time.perf_counter()
+    with err.status("decoding the video"):
+        clip = load_video(video, num_frames=num_frames, fps=fps)
+    return clip, time.perf_counter() - start
+
+
+def _load_model(name: str, device: str | None, dtype: str, attn: str | None) -> tuple[Any, Any]:
+    ensure_torchvision()
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else _dtype(dtype)}
+    options |= {} if attn is None else {"attn_implementation": attn}
+    with err.status(f"loading {name}"):
+        network = AutoModelForImageTextToText.from_pretrained(name, device_map=device, **options).eval()
+        return network, AutoProcessor.from_pretrained(name)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"--dtype must be auto, {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _answer(
+    network: Any,
+    processor: Any,
+    clip: Any,
+    prompt: str,
+    method: Any,
+    compare: bool,
+    max_new_tokens: int,
+    seconds: float,
+    save_trace: Path | None,
+) -> list[Any]:
+    """Compressed first; with `compare` also plain, each after a warm-up so that neither pays for the first call."""
+    from vidcompress.api import apply
+    from vidcompress.measure import ask
+
+    results = []
+    for compressed in (True, False) if compare else (True,):
+        with apply(network, method) if compressed else nullcontext() as handle:
+            label = method.name if compressed else "no compression"
+            with err.status(f"answering with {label}"):
+                if compare:
+                    ask(network, processor, clip, prompt, max_new_tokens=1)
+                results.append(
+                    ask(network, processor, clip, prompt, max_new_tokens=max_new_tokens, decode_seconds=seconds)
+                )
+            if handle is not None and save_trace is not None:
+                handle.trace.save(save_trace)
+    return results
