@@ -6,8 +6,10 @@ the newline that LLaVA-OneVision appends.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,11 @@ HIDDEN = 64
 
 Text = Sequence[int | str]
 """A prompt: word ids, "V" where a video goes and "I" where an image goes."""
+
+FRAMES = 6  # of a video, unless a test says otherwise
+ONE: Text = [5, 6, "V", 7, 8, 9]
+TWO: Text = [5, "V", 17, 18, "V", 9, 10, 11]
+LATE: Text = [30, 31, 32, 33, 34, "V", 35]
 
 
 def llava(
@@ -120,12 +127,13 @@ def image_length(image_size: int = IMAGE_SIZE) -> int:
 
 
 def llava_inputs(
-    texts: Sequence[Text], frames: int = 6, seed: int = 0, *, image_size: int = IMAGE_SIZE
+    texts: Sequence[Text], frames: int = FRAMES, seed: int = 0, *, image_size: int = IMAGE_SIZE
 ) -> dict[str, Tensor]:
     """Arguments for `model(**inputs)` and `model.generate(**inputs)`: rows padded on the left, random pixels.
 
-    A video shows two scenes with some noise, so that methods find segments, and change within them. Every "V" gets the next of the `pixel_values_videos` [videos, frames, 3, S, S], every "I" the next of the
-    `pixel_values` [images, 2, 3, S, S]; either is left out if no row asks for it.
+    A video shows two scenes with some noise, so that methods find segments and change within them. Every "V" gets the
+    next of the `pixel_values_videos` [videos, frames, 3, S, S], every "I" the next of the `pixel_values`
+    [images, 2, 3, S, S]; either is left out if no row asks for it.
     """
     places = {"V": [VIDEO] * video_length(frames, image_size), "I": [IMAGE] * image_length(image_size)}
     rows = [[i for x in text for i in (places[x] if isinstance(x, str) else [x])] for text in texts]
@@ -143,12 +151,31 @@ def llava_inputs(
     return inputs
 
 
+def without_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key != "attention_mask"}
+
+
 def left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, L] of rows of different lengths."""
     longest = max(map(len, rows))
     return {
         "input_ids": torch.tensor([[PAD] * (longest - len(row)) + list(row) for row in rows]),
         "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+def anatomy(model: nn.Module) -> dict[str, Any]:
+    """Attributes and hooks of every module: what has to be the same after something was undone.
+
+    Transformers puts hooks of its own on a model when it first runs, so compare models that ran.
+    """
+    kinds = [key for key in vars(nn.Module()) if "hooks" in key]
+    return {
+        name: (
+            sorted(vars(module)),
+            {kind: [getattr(hook, "__qualname__", hook) for hook in getattr(module, kind).values()] for kind in kinds},
+        )
+        for name, module in model.named_modules()
     }
 
 
@@ -168,10 +195,17 @@ def step_logits(output: Any) -> Tensor:
     return torch.stack(output.logits, 1)
 
 
-def compress(model: nn.Module, method: Method | str, **settings: Any) -> Handle:
-    """`vidcompress.apply` without the warning that no SigLIP head fits the tiny towers."""
+@contextmanager
+def without_head() -> Iterator[None]:
+    """Silences the warning that no SigLIP head fits the tiny towers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*takes its saliency from SigLIP's pooling head", UserWarning)
+        yield
+
+
+def compress(model: nn.Module, method: Method | str, **settings: Any) -> Handle:
+    """`vidcompress.apply` without that warning."""
+    with without_head():
         return vidcompress.apply(model, method, **settings)
 
 
@@ -208,3 +242,19 @@ class AtMost(Method):
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         return Reduction((tokens.features.sum(-1) > 0).nonzero().squeeze(1)[: self.budget(tokens.grid)], len(tokens))
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "prune": functools.partial(Prune, retention_ratio=0.34),
+    "merge": functools.partial(Mix, retention_ratio=0.34),
+    # Few segments, and enough tokens a frame for both kinds of survivors: salient ones and anchors.
+    "infomerge": functools.partial(vidcompress.load, "infomerge", retention_ratio=0.5, dyseg_c=2),
+    "fastvid": functools.partial(vidcompress.load, "fastvid", retention_ratio=0.5, dyseg_c=2, context_share=0.5),
+}
+"""From toys to the real thing: factories that take further settings."""
+
+
+def pair(method: Method, **model: Any) -> tuple[Any, Any, Handle]:
+    """A plain model, an equal one that is compressed, and its handle."""
+    plain, compressed = llava(**model), llava(**model)
+    return plain, compressed, compress(compressed, method)

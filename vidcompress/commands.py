@@ -95,22 +95,25 @@ def show(
 ) -> None:
     """A method's settings, what they mean, and how many tokens it keeps."""
     from vidcompress.config import load, shipped
+    from vidcompress.method import Pipeline
 
-    method = load(name, **({} if retention_ratio is None else {"retention_ratio": retention_ratio}))
+    chosen = load(name, **({} if retention_ratio is None else {"retention_ratio": retention_ratio}))
     try:
         t, h, w = (int(side) for side in grid.split("x"))
     except ValueError:
         raise ValueError(f"--grid must look like 32x14x14, got {grid!r}") from None
-    paper = shipped(method.name)
-    table = Table("setting", "value", "meaning", title=f"{method.name}: {paper['paper']['title']}")
-    for f in fields(method):
-        table.add_row(f.name, str(getattr(method, f.name)), f.metadata["doc"])
-    out.print(table)
-    bound = "" if method.exact else "at most "
-    out.print(f"keeps {bound}{method.budget((t, h, w))} of {t * h * w} tokens of a {grid} video")
-    out.print(f"acts at {', '.join(map(str, method.sites()))}; needs {', '.join(sorted(method.needs)) or 'nothing'}")
-    for line in paper.get("differs", []):
-        out.print(f"differs: {line}")
+    for method in Pipeline.of(chosen):
+        paper = shipped(method.name)
+        table = Table("setting", "value", "meaning", title=f"{method.name}: {paper['paper']['title']}")
+        for f in fields(method):
+            table.add_row(f.name, str(getattr(method, f.name)), f.metadata["doc"])
+        out.print(table)
+        bound = "" if method.exact else "at most "
+        out.print(f"keeps {bound}{method.budget((t, h, w))} of {t * h * w} tokens of a {grid} video")
+        needs = ", ".join(sorted(method.needs)) or "nothing"
+        out.print(f"acts at {', '.join(map(str, method.sites()))}; needs {needs}")
+        for line in paper.get("differs", []):
+            out.print(f"differs: {line}")
 
 
 @app.command()

@@ -104,8 +104,8 @@ def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Meth
     user = {k: v for k, v in given.items() if k not in DOCUMENTATION} | overrides
     _refuse_unknown(cls, user)
     defaults = {k: v for k, v in base.items() if k not in DOCUMENTATION and k != "method"}
-    ratio = user.get("retention_ratio", defaults.get("retention_ratio"))
     if presets:
+        ratio: Any = user.get("retention_ratio", defaults.get("retention_ratio"))
         cls(retention_ratio=ratio)  # a bad ratio is refused before it picks a row
         defaults |= preset_for(presets, ratio)
     return cls(**(defaults | user))

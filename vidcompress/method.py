@@ -182,9 +182,9 @@ def _checked(method: str, name: str, hint: Any, value: Any, meta: typing.Mapping
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         remedy = " (YAML reads a number in exponent form only with a dot: 1.0e-6)" if _looks_numeric(value) else ""
         raise TypeError(f"{where} must be of type {hint.__name__}, got {value!r}{remedy}")
-    if hint in (int, float):
+    if hint in (int, float) and isinstance(value, (int, float)):
         low, high = meta.get("low"), meta.get("high")
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        if value != value or abs(value) == math.inf or (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
             bounds = "finite" if low is None and high is None else bounds
             raise ValueError(f"{where} must be {bounds}, got {value!r}")

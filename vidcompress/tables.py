@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from vidcompress.config import load, shipped
 from vidcompress.method import Method, list_methods
 
@@ -11,7 +13,7 @@ Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 def method_rows() -> Rows:
     """(header, rows): one row a shipped method."""
     header = ("method", "paper", "acts at", "needs", "kept of 32x14x14")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in list_methods():
         method, paper = load(name), shipped(name)["paper"]
         assert isinstance(method, Method)
@@ -27,10 +29,9 @@ def backbone_rows() -> Rows:
     from vidcompress.patches import backbones
 
     header = ("model_type", "what it is", "signals")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind, cls in backbones().items():
-        module = __import__(cls.__module__, fromlist=["__doc__"])
-        about = (module.__doc__ or "").splitlines()[0]
+        about = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
         rows.append((f"`{kind}`", about, ", ".join(f"`{s}`" for s in sorted(cls.provides))))
     return header, rows
 

@@ -125,7 +125,8 @@ class Reduction:
     def check(self) -> Reduction:
         """Returns self, or raises RuntimeError if this is not a lawful map (a method's own mistake)."""
         k, n = len(self), self.num_source
-        lawful = 0 < k <= n
+        indices = [self.keep] if self.slot is None else [self.keep, self.slot, self.source]
+        lawful = 0 < k <= n and all(i is not None and i.dim() == 1 and i.dtype == torch.long for i in indices)
         if lawful:
             facts = [(self.keep.diff() > 0).all(), self.keep[0] >= 0, self.keep[-1] < n]
             if self.slot is not None and self.slot.numel():

@@ -21,7 +21,7 @@ class Step:
         row, video: batch row and index of the video within the prompt.
         before, after: video tokens, newlines not counted.
         newlines: newline tokens of this video that stay beside the survivors.
-        seconds: wall time of the decision (the device is synchronised around it), merging not included.
+        seconds: wall time of the decision (the device is synchronised around it); carrying it out is in the prompt's.
     """
 
     row: int
@@ -47,7 +47,8 @@ class Prompt:
 
     Attributes:
         length_before, length_after: tokens the decoder would have run over and did run over, padding included.
-        seconds: wall time of everything the library did at this prefill (signals from the tower not included).
+        seconds: wall time of everything the library did at this prefill: decisions, merging, shortening. The signals
+            from the tower come on top.
         signal_seconds: wall time of the saliency and frame features taken from the vision tower.
     """
 

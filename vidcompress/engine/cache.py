@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 @dataclass
 class CacheState:
-    """The compressed prefix of a cache.
+    """The compressed prefix of a cache: all up to the last removed token. What follows is stored one to one.
 
     Attributes:
         logical: tokens of the caller's sequence that the prefix stands for.
@@ -69,7 +69,7 @@ class LogicalLength:
         if state is not None and length - remove < state.logical:
             raise ValueError(
                 f"cannot crop this cache from {length} to {length - remove} tokens: its first {state.logical} are a "
-                f"compressed prompt of {state.mask.shape[1]} stored tokens; crop to {state.logical} or more, or reset()"
+                f"compressed prompt of {state.mask.shape[1]} stored ones; crop to {state.logical} or more, or reset()"
             )
         super().crop(-remove)  # type: ignore[misc]
 

@@ -29,20 +29,21 @@ class Handle:
         TypeError: `model` is no torch module.
     """
 
-    def __init__(self, model: nn.Module, compression: Method | Pipeline, trace: bool = True) -> None:
+    def __init__(self, model: Any, compression: Method | Pipeline, trace: bool = True) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-        if handle_of(model) is not None:
+        present = handle_of(model)
+        if present is not None:
             raise ValueError(
-                f"this model already compresses with {handle_of(model).compression.name!r}; "  # type: ignore[union-attr]
+                f"this model already compresses with {present.compression.name!r}; "
                 "use handle.switch(...) to change the method, or handle.remove() first"
             )
-        self.model = model
+        self.model: Any = model
         self.trace = Trace(trace)
         self._patch = patches.find(model.config)
         self._patch.check(model)
         self._heads: dict[str, SiglipHead] = {}
-        self.compression = Pipeline.of(compression)
+        self.compression: Pipeline = Pipeline.of(compression)
         self._check(self.compression)
         head = self._head(self.compression)
         self._engine = Engine(model, self._patch, self.trace)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,25 +59,34 @@ class Running:
     """A forward of the decoder between its hooks.
 
     Attributes:
-        state: what to note on the cache afterwards.
+        state: what to note on the cache afterwards, if anything was removed.
         cache: the cache, or None.
         index, real: [B, n] the caller's column of every token, and whether it is one; None if nothing was removed.
         length: the caller's length.
         rotary: position ids for the rotary embedding, or None if the decoder has the true ones.
+        placed: whether the rotary embedding got them.
     """
 
-    state: CacheState
+    state: CacheState | None
     cache: Any
     length: int
     index: Tensor | None = None
     real: Tensor | None = None
     rotary: Tensor | None = None
+    placed: bool = False
 
 
 @dataclass
 class Plan:
-    """What becomes of every row: the columns that stay, and new embeddings for some of them."""
+    """What becomes of every row: the columns that stay, and new embeddings for some of them.
 
+    Attributes:
+        prompt: the trace's record, filled on the way.
+        started: when the work on this prompt began, in seconds of `time.perf_counter`.
+    """
+
+    prompt: Prompt
+    started: float
     columns: list[Tensor] = field(default_factory=list)
     merged: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # row, columns [K], embeddings [K, C]
     removed: int = 0
@@ -133,27 +142,32 @@ class Engine:
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
-        with self.signals.recording() if self.signals is not None else nullcontext({}) as signals:
+        recording: AbstractContextManager[dict[str, Any]] = (
+            nullcontext({}) if self.signals is None else self.signals.recording()
+        )
+        with recording as signals:
             output = override.original(*args, **kwargs)
         seconds = signals.pop("seconds", 0.0)
         encoding = Encoding(self.patch.encoded(self.model, given, signals), seconds)
         if not isinstance(output, tuple):
-            output.vidcompress = encoding  # generate() encodes first and hands this object to the forward
+            output.vidcompress = encoding  # generate() encodes first and hands this object to the forward,
+        self.local.encoding = encoding  # or a copy without the attribute (accelerate moves it to a device)
         if self.local.pending is not None:
             self.local.pending.encoding = encoding
         return output
 
     # -- the base model ----------------------------------------------------------------------------------------------
-    def _base_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _base_before(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.local.pending = self.local.running = None
-        given = self._base_signature.bind_partial(base, *args, **kwargs).arguments if args else kwargs
+        given: dict[str, Any] = self._base_signature.bind_partial(base, *args, **kwargs).arguments if args else kwargs
         encoded = (given.get("mm_encoder_outputs") or {}).get("video")
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        ids = given.get("input_ids")
         if given.get("pixel_values_videos") is None and encoded is None:
             self._refuse_placeholders(ids, given.get("past_key_values"))
             return
         refuse_mask(given.get("attention_mask"))
-        if encoded is not None and not hasattr(encoded, "vidcompress"):
+        encoding = getattr(encoded, "vidcompress", self.local.encoding if self.local.generating else None)
+        if encoded is not None and encoding is None:
             raise ValueError(
                 "the video features in mm_encoder_outputs were not encoded by this model since compression was applied "
                 "(or were cut into prefill chunks); pass pixel_values_videos, and prefill_chunk_size=None"
@@ -162,13 +176,14 @@ class Engine:
         if ids is not None:
             where = ids == token
         else:
+            embeds = given["inputs_embeds"]
             placeholder = base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
             where = (embeds == placeholder.to(embeds.device)).all(-1)
-        self.local.pending = Pending(where, getattr(encoded, "vidcompress", None))
+        self.local.pending = Pending(where, None if encoded is None else encoding)
 
     def _refuse_placeholders(self, ids: Tensor | None, cache: Any) -> None:
         """A fresh prompt with video placeholders and no video cannot be reduced: an error, not silence."""
-        if ids is None or (cache is not None and int(cache.get_seq_length())):
+        if ids is None or self.local.drafting or (cache is not None and int(cache.get_seq_length())):
             return
         count = int((ids == self.patch.video_token(self.model)).sum())
         if count:
@@ -197,6 +212,7 @@ class Engine:
         length = tokens.length
         plan = None if pending is None else self._plan(tokens, pending)
         if state is None and (plan is None or not plan.removed):
+            self._record(plan, length)
             return None
         use_cache = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
@@ -206,8 +222,13 @@ class Engine:
             tokens, index = self._carry_out(plan, tokens)
             rotary = tokens.positions[0] if self.patch.rotary_axes == 1 else tokens.positions
         self._hand_over(kwargs, tokens, contiguous=rotary is not None)
-        new_state = CacheState(past + length, tokens.full_mask, tokens.shift) if rotary is not None else state
-        self.local.running = Running(new_state, cache, length, index, tokens.mask, rotary)
+        state = None
+        if index is not None:
+            tail = sequence.untouched(index, tokens.mask, length)
+            stored = tokens.full_mask.shape[1] - tail
+            state = CacheState(past + length - tail, tokens.full_mask[:, :stored], tokens.shift)
+        self.local.running = Running(state, cache, length, index, tokens.mask, rotary)
+        self._record(plan, tokens.length)
         return args, kwargs
 
     def _hand_over(self, kwargs: dict[str, Any], tokens: sequence.Sequence, contiguous: bool) -> None:
@@ -227,6 +248,7 @@ class Engine:
         running = self.local.running
         if running is None or running.rotary is None:
             return None
+        running.placed = True
         if "position_ids" in kwargs:
             kwargs["position_ids"] = running.rotary
             return args, kwargs
@@ -234,8 +256,13 @@ class Engine:
 
     def _decoder_after(self, decoder: nn.Module, args: Any, output: Any) -> Any:
         running, self.local.running = self.local.running, None
-        if running is None or output is None or running.index is None:
+        if running is None or output is None or running.state is None:
             return output
+        if not running.placed:
+            raise RuntimeError(
+                f"the rotary embedding of {type(decoder).__name__} was not called through its hooks, so the survivors "
+                "have wrong positions (was it replaced after compression was applied?)"
+            )
         if running.cache is not None:
             commit(running.cache, running.state)
 
@@ -250,14 +277,12 @@ class Engine:
     # -- the reduction -----------------------------------------------------------------------------------------------
     def _plan(self, tokens: sequence.Sequence, pending: Pending) -> Plan:
         """Asks the method about every video, row by row."""
-        start = time.perf_counter()
-        assert pending.encoding is not None and self.pipeline is not None
+        assert pending.encoding is not None
         videos = pending.encoding.videos
         where = pending.where.to(tokens.mask.device)
         copies = self._copies(int(where.sum()), videos)
-        prompt = Prompt(length_before=tokens.length, signal_seconds=pending.encoding.seconds)
+        plan = Plan(Prompt(length_before=tokens.length, signal_seconds=pending.encoding.seconds), time.perf_counter())
         decided: dict[int, tuple[Reduction, Tensor | None]] = {}
-        plan = Plan()
         first = following = 0
         for row in range(where.shape[0]):
             if row % copies:
@@ -275,7 +300,7 @@ class Engine:
                 video = videos[following]
                 mine, newlines, places = places.tensor_split([video.tokens, video.placeholders])
                 if following not in decided:
-                    decided[following] = self._reduce(tokens.embeds[row, mine], video, row, following, prompt)
+                    decided[following] = self._reduce(tokens.embeds[row, mine], video, row, following, plan.prompt)
                 reduction, embeds = decided[following]
                 stays[mine[reduction.keep]] = True
                 stays[newlines] = True
@@ -284,12 +309,15 @@ class Engine:
                 plan.removed += video.tokens - len(reduction)
                 following += 1
             plan.columns.append(stays.nonzero().squeeze(1))
-        prompt.length_after = max(c.numel() for c in plan.columns) if plan.removed else tokens.length
-        if self.trace.enabled:
-            synchronise(tokens.embeds.device)
-            prompt.seconds = time.perf_counter() - start
-            self.trace.prompts.append(prompt)
         return plan
+
+    def _record(self, plan: Plan | None, length: int) -> None:
+        """Ends the record of a prompt that the decoder is about to run over with `length` tokens."""
+        if plan is not None and self.trace.enabled:
+            synchronise(plan.columns[0].device)
+            plan.prompt.seconds = time.perf_counter() - plan.started
+            plan.prompt.length_after = length
+            self.trace.prompts.append(plan.prompt)
 
     def _copies(self, found: int, videos: list[EncodedVideo]) -> int:
         """How often every sample was repeated (beams, num_return_sequences)."""

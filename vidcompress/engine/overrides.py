@@ -20,21 +20,27 @@ class Override:
 
     def __init__(self, owner: nn.Module, engine: Engine) -> None:
         self.owner, self.engine = owner, engine
+        self.covered = owner.__dict__.get(self.method)  # somebody else's stand-in
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own method."""
+        """What was there before: the class's own method, as a rule."""
+        if self.covered is not None:
+            return self.covered(*args, **kwargs)
         return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         # generate() inspects get_video_features to choose which arguments to hand over
-        return inspect.signature(getattr(type(self.owner), self.method).__get__(self.owner))
+        return inspect.signature(self.covered or getattr(type(self.owner), self.method).__get__(self.owner))
 
     def install(self) -> None:
         self.owner.__dict__[self.method] = self
 
     def remove(self) -> None:
-        self.owner.__dict__.pop(self.method, None)
+        if self.owner.__dict__.get(self.method) is self:
+            del self.owner.__dict__[self.method]
+            if self.covered is not None:
+                self.owner.__dict__[self.method] = self.covered
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -68,7 +74,14 @@ class Generate(Override):
                     f"prefill_chunk_size={chunk} with a video: a chunk may hold part of a video, and a video is "
                     "reduced as a whole; use prefill_chunk_size=None (the compressed prompt is short)"
                 )
-        return self.original(*args, **kwargs)
+        local = self.engine.local
+        local.generating, local.encoding = True, None
+        # transformers gives a draft model in assisted decoding the prompt without its video
+        local.drafting = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            local.generating = local.encoding = local.drafting = None
 
 
 class PlainMasks(Override):

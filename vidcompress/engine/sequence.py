@@ -118,3 +118,13 @@ def scatter(x: Tensor, index: Tensor, real: Tensor, length: int) -> Tensor:
     """The reverse of `take` for real tokens: [B, n, C] -> [B, length, C], zeros where nothing came from."""
     row, column = real.nonzero(as_tuple=True)
     return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_put((row, index[row, column]), x[row, column])
+
+
+def untouched(index: Tensor, real: Tensor, length: int) -> int:
+    """How many columns at the end of the caller's `length` every row still has, one to one."""
+    batch = index.shape[0]
+    row, column = real.nonzero(as_tuple=True)
+    kept = torch.zeros(batch, length, dtype=torch.bool, device=index.device)
+    kept[row, index[row, column]] = True
+    gone = (~kept.all(0)).nonzero()
+    return length - 1 - int(gone[-1]) if gone.numel() else length

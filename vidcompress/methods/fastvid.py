@@ -56,7 +56,7 @@ class FastVID(Method):
         counts = torch.tensor([anchor_count[f] for f in frames.tolist()], device=x.device)
         score = density_peaks(x[frames], ~salient[frames], self.neighbours, self.density_ties)
         anchor = torch.zeros_like(salient)
-        anchor[frames] = top_tokens(score, counts) & ~salient[frames]
+        anchor[frames] = top_tokens(score, counts)
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.
         index = torch.arange(t * p, device=x.device).view(t, p)
         triplets = []

@@ -84,10 +84,10 @@ class InfoMerge(Method):
             anchor[start:end] = self._select_anchors(score, own, anchor_count[start:end], static[k], end - start)
             members = ~picked[start:end]
             local = index[: end - start]
-            merged = anchor_merge(
+            centre, source, weight = anchor_merge(
                 seen.flatten(0, 1), local[members], [local[f][anchor[start + f]] for f in own], self.beta_merge
             )
-            parts.append((merged[0] + start * p, merged[1] + start * p, merged[2]))
+            parts.append((centre + start * p, source + start * p, weight))
         # 6. Everything that was kept, in temporal order.
         keep = index[picked | anchor]
         merged = Reduction.merging(keep, t * p, parts)

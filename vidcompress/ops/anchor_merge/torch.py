@@ -15,7 +15,7 @@ def anchor_merge(
     anchors = [frame for frame in anchors if frame.numel()]
     if not anchors:
         none = members.new_empty(0)
-        return none, none, torch.empty(0, device=tokens.device)
+        return none, none, torch.empty(0, dtype=torch.float32, device=tokens.device)
     centre = torch.cat(anchors)
     unit = tokens[centre].float()
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -31,11 +31,11 @@ def anchor_merge(
     joined = torch.cat(choices, dim=1) if choices else members.new_empty(len(anchors), 0)
 
     count = joined.flatten().bincount(minlength=len(centre))  # [anchors]
-    own = (1 / (count + 1)).clamp_min(anchor_weight).where(count > 0, 1.0)
+    own = (1 / (count + 1).float()).clamp_min(anchor_weight).where(count > 0, 1.0)
     share = (1 - own) / count.clamp_min(1)
     chosen = joined.flatten()
     return (
         torch.cat([centre, centre[chosen]]),
         torch.cat([centre, members.repeat(len(anchors))]),
-        torch.cat([own, share[chosen]]).float(),
+        torch.cat([own, share[chosen]]),
     )

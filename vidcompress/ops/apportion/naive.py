@@ -8,11 +8,11 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list
     """Shares `total` out in proportion to `weights`, none above its cap, adding up exactly (docs/decisions.md, D9).
 
     What a cap turns away is shared among the others in proportion to their weights, again until no cap is exceeded
-    (water-filling); then the largest remainders are rounded up, the lowest index first among equals.
+    (water-filling); then the largest remainders are rounded up, the lowest index first among equals (to 1e-9).
 
     Args:
         total: tokens to share out, at most sum(caps).
-        weights: one positive number a share.
+        weights: one number a share, 0 or more; zeros get, in equal parts, what nobody else can take.
         caps: the most each share may get.
 
     Raises:
@@ -24,18 +24,19 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list
     free = list(range(len(weights)))
     left = float(total)
     while free:
-        scale = left / sum(weights[i] for i in free)
-        full = [i for i in free if weights[i] * scale > caps[i]]
+        together = sum(weights[i] for i in free)
+        part = {i: left * weights[i] / together if together else left / len(free) for i in free}
+        full = [i for i in free if part[i] > caps[i]]
         if not full:
             for i in free:
-                share[i] = weights[i] * scale
+                share[i] = part[i]
             break
         for i in full:
             share[i] = float(caps[i])
             left -= caps[i]
         free = [i for i in free if i not in full]
     counts = [math.floor(s + 1e-9) for s in share]
-    by_remainder = sorted(range(len(share)), key=lambda i: (counts[i] - share[i], i))
+    by_remainder = sorted(range(len(share)), key=lambda i: (round(counts[i] - share[i], 9), i))
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts

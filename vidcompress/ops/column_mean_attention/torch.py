@@ -9,7 +9,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 def column_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     batch, heads, n, _ = query.shape
-    out = torch.zeros(batch, n, device=query.device)
+    out = torch.zeros(batch, n, dtype=torch.float32, device=query.device)
     limit = CHUNK_ELEMENTS.get(query.device.type, 16 << 20)
     rows = max(1, min(n, limit // n))
     group = max(1, limit // (rows * n))  # (frame, head) pairs a tile
@@ -17,7 +17,7 @@ def column_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     frame = torch.arange(batch, device=query.device).repeat_interleave(heads)
     for b in range(0, batch * heads, group):
         keys = k[b : b + group].float().transpose(1, 2)
-        column = torch.zeros(keys.shape[0], n, device=query.device)
+        column = torch.zeros(keys.shape[0], n, dtype=torch.float32, device=query.device)
         for r in range(0, n, rows):
             weights = torch.bmm(q[b : b + group, r : r + rows].float() * scale, keys)
             weights -= weights.amax(-1, keepdim=True)

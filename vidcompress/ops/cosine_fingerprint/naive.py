@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 def cosine_fingerprint(tokens: Tensor) -> Tensor:
     length, positions, _ = tokens.shape
-    out = torch.zeros(positions, device=tokens.device)
+    out = torch.zeros(positions, dtype=torch.float32, device=tokens.device)
     if length == 1:
         return out
     for p in range(positions):

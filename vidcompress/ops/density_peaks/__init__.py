@@ -33,6 +33,6 @@ def density_peaks(
         noise: [B, n] added to the densities, to reproduce code that draws it at random.
 
     Returns:
-        [B, n] fp32 log score; -inf for non-candidates and for duplicates of a denser point.
+        [B, n] fp32 log score: the lowest finite number for a copy of a denser point, -inf for non-candidates only.
     """
     return implementation("density_peaks")(tokens, candidates, neighbours, ties, noise)

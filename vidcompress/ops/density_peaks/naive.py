@@ -13,7 +13,7 @@ def density_peaks(
     ties: Literal["index", "strict"] = "index",
     noise: Tensor | None = None,
 ) -> Tensor:
-    out = torch.full(candidates.shape, -torch.inf, device=tokens.device)
+    out = torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device=tokens.device)
     for b in range(tokens.shape[0]):
         points = candidates[b].nonzero().squeeze(1)
         x = tokens[b, points].double()
@@ -30,5 +30,5 @@ def density_peaks(
             denser |= (log_density[None] == log_density[:, None]) & earlier
         delta = distance.masked_fill(~denser, torch.inf).amin(-1)
         delta = torch.where(delta.isinf(), distance.max(), delta)
-        out[b, points] = (log_density + delta.log()).float()
+        out[b, points] = (log_density + delta.log()).float().clamp_min(torch.finfo(torch.float32).min)
     return out

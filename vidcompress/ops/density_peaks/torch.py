@@ -8,6 +8,13 @@ from torch import Tensor
 CHUNK_FRAMES = 32
 """Frames whose distance matrices exist at once."""
 
+CHUNK_PAIRS = 4096
+"""Pairs of close tokens whose difference is formed at once."""
+
+CLOSE = 1e-3
+"""Pairs nearer than this, relative to their squared norms, are measured again: there the fast formula keeps too few
+digits for the order of densities."""
+
 
 def density_peaks(
     tokens: Tensor,
@@ -30,16 +37,8 @@ def density_peaks(
 
 
 def _scores(x: Tensor, candidates: Tensor, neighbours: int, ties: str, noise: Tensor | None) -> Tensor:
-    _, n, channels = x.shape
-    # Distances do not change when the frame's mean is taken off, and |x|^2 + |y|^2 - 2xy then cancels far less.
-    x = x - x.mean(1, keepdim=True)
-    square = torch.linalg.vecdot(x, x)  # [B, n]
-    distance = torch.baddbmm(square[:, None, :].expand(-1, n, -1), x, x.transpose(1, 2), alpha=-2)
-    distance += square[:, :, None]
-    # Bitwise equal tokens are at distance 0, which the formula above misses by a rounding error.
-    noise_floor = 4e-7 * torch.maximum(square[:, :, None], square[:, None, :])
-    distance.masked_fill_(distance < noise_floor, 0).mul_(1 / channels)  # [B, n, n] squared
-    distance.diagonal(dim1=1, dim2=2).zero_()
+    n = x.shape[1]
+    distance = _squared_distances(x).mul_(1 / x.shape[2])  # [B, n, n]
     pair = candidates[:, :, None] & candidates[:, None, :]
     largest = distance.masked_fill(~pair, 0).flatten(1).amax(1)[:, None]  # [B, 1]
     distance.masked_fill_(~pair, torch.inf)
@@ -56,4 +55,24 @@ def _scores(x: Tensor, candidates: Tensor, neighbours: int, ties: str, noise: Te
         not_denser &= ~((log_density[:, None, :] == log_density[:, :, None]) & earlier)
     delta = distance.masked_fill_(not_denser, torch.inf).amin(-1)
     delta = torch.where(delta.isinf(), largest, delta)
-    return (log_density + 0.5 * delta.log()).masked_fill(~candidates, -torch.inf)
+    score = (log_density + 0.5 * delta.log()).clamp_min(torch.finfo(x.dtype).min)
+    return score.masked_fill(~candidates, -torch.inf)
+
+
+def _squared_distances(x: Tensor) -> Tensor:
+    """[B, n, n] squared Euclidean distances; bitwise equal tokens are exactly 0 apart."""
+    n = x.shape[1]
+    # Distances do not change when the frame's mean is taken off, and |x|^2 + |y|^2 - 2xy then cancels far less.
+    x = x - x.mean(1, keepdim=True)
+    square = torch.linalg.vecdot(x, x)  # [B, n]
+    distance = torch.baddbmm(square[:, None, :].expand(-1, n, -1), x, x.transpose(1, 2), alpha=-2)
+    distance += square[:, :, None]
+    limit = CLOSE * torch.maximum(square[:, :, None], square[:, None, :])
+    frame, i, j = (distance <= limit).triu(1).nonzero(as_tuple=True)
+    for part in torch.arange(frame.numel(), device=x.device).split(CHUNK_PAIRS):
+        f, a, b = frame[part], i[part], j[part]
+        apart = (x[f, a] - x[f, b]).square().sum(-1)
+        distance[f, a, b] = apart
+        distance[f, b, a] = apart
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance.clamp_min_(0)

@@ -1,0 +1,1024 @@
+"""Every op against its definition (naive.py), and the definitions against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from neartie import assert_same_argmax, assert_same_choice, gap
+from torch import Tensor
+
+from vidcompress import ops
+
+quick = settings(deadline=None, derandomize=True, max_examples=300)
+
+
+def implementations(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(definition, fast one)."""
+    return tuple(getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op) for kind in ("naive", "torch"))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- the checker itself ------------------------------------------------------------------------------------------------
+def test_checker_excuses_a_near_tie_only() -> None:
+    scores = torch.tensor([3.0, 2.0, 2.0 * (1 - 5e-6), 1.0], dtype=torch.float64)
+    assert assert_same_choice([0, 1], [1, 0], scores) == 0
+    assert assert_same_choice([0, 2], [0, 1], scores) == 1
+    with pytest.raises(AssertionError, match=r"chose 3 .* instead of 1 .* no near-tie"):
+        assert_same_choice([0, 3], [0, 1], scores)
+
+
+def test_checker_catches_a_gap_of_1e_minus_4() -> None:
+    scores = torch.tensor([3.0, 2.0, 2.0 * (1 - 1e-4)], dtype=torch.float64)
+    with pytest.raises(AssertionError, match=r"their gap 0\.0001 is no near-tie"):
+        assert_same_choice([0, 2], [0, 1], scores)
+    with pytest.raises(AssertionError, match=r"their gap 0\.0001 is no near-tie"):
+        assert_same_choice([0, 2], [0, 1], scores.log(), logarithmic=True)
+    rows = torch.stack([scores, scores - torch.tensor([9.0, 0, 0])])
+    assert assert_same_argmax(torch.tensor([0, 1]), torch.tensor([0, 1]), rows) == 0
+    with pytest.raises(AssertionError, match=r"chose 2 .* instead of 1 .* no near-tie"):
+        assert_same_argmax(torch.tensor([0, 2]), torch.tensor([0, 1]), rows)
+
+
+def test_checker_wants_the_lowest_index_of_equal_scores() -> None:
+    scores = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
+    with pytest.raises(AssertionError, match="gap 0 is no near-tie"):
+        assert_same_choice([2], [1], scores)
+
+
+def test_checker_wants_every_excuse_shown() -> None:
+    # 2 for 1 is a near-tie, 3 for 1 is not: taking both for 0 and 1 needs both shown.
+    scores = torch.tensor([2.0 + 1e-6, 2.0, 2.0 - 1e-6, 1.9, 1.0], dtype=torch.float64)
+    assert assert_same_choice([0, 2], [0, 1], scores) == 1
+    with pytest.raises(AssertionError, match="chose 3"):
+        assert_same_choice([2, 3], [0, 1], scores)
+
+
+@pytest.mark.parametrize("got", [[0], [0, 1, 2], [0, 0]])
+def test_checker_counts(got: list[int]) -> None:
+    with pytest.raises(AssertionError, match=r"expected|twice"):
+        assert_same_choice(got, [0, 1], torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+
+
+def test_checker_refuses_scores_that_prove_nothing() -> None:
+    with pytest.raises(TypeError, match="fp64"):
+        assert_same_choice([0], [0], torch.tensor([1.0, 0.0]))
+    with pytest.raises(AssertionError, match=r"the scores choose \[1\]"):
+        assert_same_choice([0], [0], torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_checker_takes_masks_and_infinities() -> None:
+    scores = torch.tensor([1.0, -math.inf, 2.0, -math.inf], dtype=torch.float64)
+    mask = torch.tensor([True, False, True, False])
+    assert assert_same_choice(mask, [0, 2], scores) == 0
+    with pytest.raises(AssertionError, match="gap inf"):
+        assert_same_choice([2, 3], mask, scores)
+    assert gap(-math.inf, -math.inf) == 0
+
+
+# -- all ops: what they promise together -------------------------------------------------------------------------------
+def examples() -> dict[str, tuple[Any, ...]]:
+    """Arguments of every op that has a fast implementation."""
+    tokens = randn(6, 15, 24)
+    return {
+        "anchor_merge": (
+            tokens.flatten(0, 1),
+            torch.arange(5, 80),
+            [torch.tensor([6, 9, 11]), torch.tensor([70, 75])],
+            0.6,
+        ),
+        "column_mean_attention": (randn(3, 4, 17, 8), randn(3, 4, 17, 8, seed=1), 8**-0.5),
+        "cosine_fingerprint": (tokens,),
+        "density_peaks": (tokens, rand(6, 15) > 0.3, 4),
+        "merge": (
+            tokens.flatten(0, 1),
+            torch.tensor([2, 5, 7, 80]),
+            torch.tensor([2, 0, 2, 0, 2]),
+            torch.tensor([1, 2, 7, 80, 1]),
+            torch.tensor([0.5, 0.6, 0.25, 0.4, 0.25]),
+        ),
+        "spectral_entropy": (tokens.flatten(0, 1),),
+    }
+
+
+FAST = sorted(examples())
+both = pytest.mark.parametrize("kind", ["naive", "torch"])
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple) else torch.equal(a, b)
+
+
+def moved(arguments: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """The arguments, their floating-point tensors changed."""
+    return tuple(change(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+def test_every_op_with_a_fast_implementation_is_tried() -> None:
+    have = [op for op in ops.__all__ if importlib.util.find_spec(f"vidcompress.ops.{op}.torch")]
+    assert have == FAST
+
+
+@pytest.mark.parametrize("op", FAST)
+def test_the_environment_chooses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    naive, fast = implementations(op)
+    from vidcompress.ops.dispatch import implementation
+
+    monkeypatch.delenv("VIDCOMPRESS_OPS", raising=False)
+    assert implementation(op) is fast
+    monkeypatch.setenv("VIDCOMPRESS_OPS", "naive")
+    assert implementation(op) is naive
+    assert equal(getattr(ops, op)(*examples()[op]), naive(*examples()[op]))
+    monkeypatch.setenv("VIDCOMPRESS_OPS", "torch")
+    assert equal(getattr(ops, op)(*examples()[op]), fast(*examples()[op]))
+    monkeypatch.setenv("VIDCOMPRESS_OPS", "fast")
+    with pytest.raises(ValueError, match=r"VIDCOMPRESS_OPS must be 'naive' or 'torch', got 'fast'"):
+        getattr(ops, op)(*examples()[op])
+
+
+@both
+@pytest.mark.parametrize("op", FAST)
+def test_the_same_bits_twice(op: str, kind: str) -> None:
+    run = getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op)
+    assert equal(run(*examples()[op]), run(*examples()[op]))
+
+
+@both
+@pytest.mark.parametrize("op", FAST)
+def test_arguments_stay_as_they_are(op: str, kind: str) -> None:
+    run = getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op)
+    handed, same = examples()[op], examples()[op]
+    run(*handed)
+    for a, b in zip(handed, same, strict=True):
+        assert equal(tuple(a), tuple(b)) if isinstance(a, list) else torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@both
+@pytest.mark.parametrize("op", FAST)
+def test_memory_layout_does_not_matter(op: str, kind: str) -> None:
+    def strided(x: Tensor) -> Tensor:
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+        wide[..., ::2] = x
+        return wide[..., ::2] if x.dim() == 1 else wide[..., ::2].transpose(0, 1).contiguous().transpose(0, 1)
+
+    run = getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op)
+    changed = moved(examples()[op], strided)
+    assert any(isinstance(a, Tensor) and not a.is_contiguous() for a in changed)
+    got, want = run(*changed), run(*examples()[op])
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory from torch.empty holds NaN (or the largest integer); an op of undefined order raises."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@both
+@pytest.mark.parametrize("op", FAST)
+def test_no_memory_is_read_before_it_is_written(op: str, kind: str) -> None:
+    run = getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op)
+    want = run(*examples()[op])
+    with poisoned_memory():
+        assert equal(run(*examples()[op]), want)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+@pytest.mark.parametrize("op", FAST)
+def test_the_default_dtype_does_not_matter(op: str, dtype: torch.dtype, kind: str) -> None:
+    run = getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op)
+    arguments = examples()[op]
+    want = run(*arguments)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = run(*arguments)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "constant", "value"),
+    [
+        ("anchor_merge", "CHUNK_ELEMENTS", 1),
+        ("anchor_merge", "CHUNK_ELEMENTS", 24 * 7),
+        ("column_mean_attention", "CHUNK_ELEMENTS", {"cpu": 1}),
+        ("column_mean_attention", "CHUNK_ELEMENTS", {"cpu": 17 * 5}),
+        ("column_mean_attention", "CHUNK_ELEMENTS", {"cpu": 17 * 17 * 5}),
+        ("cosine_fingerprint", "CHUNK_BYTES", 1),
+        ("cosine_fingerprint", "CHUNK_BYTES", 4 * (8 * 6 * 24 + 4 * 36)),
+        ("density_peaks", "CHUNK_FRAMES", 1),
+        ("density_peaks", "CHUNK_FRAMES", 4),
+        ("merge", "CHUNK_BYTES", 1),
+        ("merge", "CHUNK_BYTES", 5 * 4 * 90),
+    ],
+)
+def test_chunks_do_not_show(op: str, constant: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"vidcompress.ops.{op}.torch")
+    run, arguments = getattr(module, op), examples()[op]
+    whole = run(*arguments)
+    if op == "density_peaks":
+        arguments = (*arguments, "index", rand(6, 15, seed=5) * 1e-6)  # noise is cut into the same chunks
+        whole = run(*arguments)
+    monkeypatch.setattr(module, constant, value)
+    parts = run(*arguments)
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (parts, whole)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+# -- cosine_fingerprint ------------------------------------------------------------------------------------------------
+def slow(length: int, positions: int, channels: int, change: float, seed: int = 0) -> Tensor:
+    """A still picture: every position keeps its token, but for `change` times noise; [L, P, C]."""
+    return randn(1, positions, channels, seed=seed) + change * randn(length, positions, channels, seed=seed + 1)
+
+
+FINGERPRINTS = {
+    "random": lambda: randn(7, 31, 24),
+    "one position": lambda: randn(5, 1, 8),
+    "one channel": lambda: randn(5, 6, 1),
+    "two frames": lambda: randn(2, 9, 16),
+    "long": lambda: randn(33, 5, 12),
+    "x 0.001": lambda: randn(7, 31, 24) * 1e-3,
+    "x 10": lambda: randn(7, 31, 24) * 10,
+    "bfloat16": lambda: randn(7, 31, 24).bfloat16(),
+    "float16": lambda: randn(7, 31, 24).half(),
+    "offset": lambda: randn(7, 31, 24) + 10,
+    "slow": lambda: slow(7, 31, 24, 0.1),
+    "slower": lambda: slow(7, 31, 24, 0.01),
+    "nearly still": lambda: slow(7, 31, 24, 0.001),
+    "some zero": lambda: randn(7, 31, 24) * (rand(7, 31, 1) > 0.3),
+}
+
+
+@pytest.mark.parametrize("case", FINGERPRINTS)
+def test_fingerprint_equals_definition(case: str) -> None:
+    naive, fast = implementations("cosine_fingerprint")
+    tokens = FINGERPRINTS[case]()
+    got, want = fast(tokens), naive(tokens)
+    assert got.dtype == torch.float32 and got.shape == tokens.shape[1:2]
+    torch.testing.assert_close(got, want, atol=2e-7, rtol=1e-5)
+    # What counts is who is most static: the order, in fp64.
+    unit = torch.nn.functional.normalize(tokens.double(), dim=-1, eps=1e-30).transpose(0, 1)  # [P, L, C]
+    gram = unit @ unit.transpose(1, 2)
+    true = gram.diff(dim=1).abs().mean((1, 2))  # [P] fp64
+    for count in (1, len(true) // 10, len(true) // 2):
+        chosen = ops.top_tokens(-got[None], count)[0]
+        assert_same_choice(chosen, ops.top_tokens(-true[None], count)[0], -true)
+
+
+@both
+def test_fingerprint_of_two_frames_is_one_minus_cosine(kind: str) -> None:
+    # F = [[1, c], [c, 1]]. Row 2 - row 1 = [c - 1, 1 - c]; the mean of the absolute values is 1 - c. So with the mean
+    # as normaliser the second order equals the first order exactly for L = 2; with another it would be a multiple.
+    run = implementations("cosine_fingerprint")[kind == "torch"]
+    tokens = randn(2, 20, 8)
+    cosine = torch.nn.functional.cosine_similarity(tokens[0].double(), tokens[1].double(), dim=-1)
+    torch.testing.assert_close(run(tokens).double(), 1 - cosine, atol=3e-7, rtol=0)
+
+
+@both
+def test_fingerprint_by_hand(kind: str) -> None:
+    # One position, three frames: (1,0), (0,2), (0,1). F = [[1,0,0],[0,1,1],[0,1,1]].
+    # |row 2 - row 1| = 1,1,1 and |row 3 - row 2| = 0,0,0, so the mean of the six is 1/2.
+    # Another: (1,0), (-1,0), (1,0). F = [[1,-1,1],[-1,1,-1],[1,-1,1]]: every difference is 2.
+    run = implementations("cosine_fingerprint")[kind == "torch"]
+    a, b = torch.tensor([[1.0, 0], [0, 2], [0, 1]]), torch.tensor([[1.0, 0], [-1, 0], [1, 0]])
+    torch.testing.assert_close(run(torch.stack([a, b], 1)), torch.tensor([0.5, 2.0]))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fingerprint_of_what_never_changes_is_exactly_zero(kind: str, dtype: torch.dtype) -> None:
+    run = implementations("cosine_fingerprint")[kind == "torch"]
+    still = randn(1, 40, 33).to(dtype).expand(6, -1, -1)
+    assert run(still).eq(0).all()
+    assert run(torch.zeros(4, 3, 5, dtype=dtype)).eq(0).all()
+    assert run(randn(1, 40, 33).to(dtype)).eq(0).all()  # one frame
+    moving = still.clone()
+    moving[3, 7] = moving[3, 8]
+    assert run(moving).nonzero().squeeze(1).tolist() == [7]
+
+
+def test_fingerprint_does_not_see_length() -> None:
+    _, fast = implementations("cosine_fingerprint")
+    tokens = randn(5, 30, 16)
+    torch.testing.assert_close(fast(tokens * rand(5, 30, 1).add(0.1)), fast(tokens), atol=2e-7, rtol=0)
+
+
+# -- spectral_entropy --------------------------------------------------------------------------------------------------
+ENTROPIES = {
+    "tall": lambda: randn(98, 24),
+    "wide": lambda: randn(9, 50),
+    "square": lambda: randn(17, 17),
+    "offset": lambda: randn(98, 24) + 10,
+    "large offset": lambda: randn(98, 24) + 100,
+    "one direction": lambda: randn(50, 1) @ randn(1, 16, seed=1),
+    "constant": lambda: torch.ones(60, 16),
+    "two points": lambda: torch.eye(4)[torch.arange(20) % 2],
+    "x 0.001": lambda: randn(98, 24) * 1e-3,
+    "x 10": lambda: randn(98, 24) * 10,
+    "x 1000 float16": lambda: (randn(98, 24) * 1e3).half(),
+    "bfloat16": lambda: randn(98, 24).bfloat16(),
+    "one token": lambda: randn(1, 24),
+    "one channel": lambda: randn(30, 1),
+    "zero": lambda: torch.zeros(12, 6),
+    "mostly zero": lambda: randn(40, 12) * (torch.arange(40)[:, None] == 3),
+}
+
+
+@pytest.mark.parametrize("case", ENTROPIES)
+def test_entropy_equals_definition(case: str) -> None:
+    naive, fast = implementations("spectral_entropy")
+    tokens = ENTROPIES[case]()
+    got, want = fast(tokens), naive(tokens)
+    assert got.dtype == want.dtype == torch.float64 and got.shape == ()
+    assert abs(float(got) - float(want)) <= 1e-5
+    assert -1e-9 <= float(got) <= 1 + 1e-6
+
+
+@both
+def test_entropy_by_hand(kind: str) -> None:
+    run = implementations("spectral_entropy")[kind == "torch"]
+    assert float(run(torch.eye(5))) == pytest.approx(1)  # five equal directions of five
+    assert float(run(torch.ones(7, 3))) == pytest.approx(0, abs=1e-5)
+    # Singular values 3 and 4, so shares 9/25 and 16/25 of the energy; R = 2.
+    want = -(9 / 25 * math.log(9 / 25) + 16 / 25 * math.log(16 / 25)) / math.log(2)
+    assert float(run(torch.tensor([[3.0, 0, 0], [0, 4, 0]]))) == pytest.approx(want, abs=1e-6)
+    # Not centred: one direction far from the origin has entropy 0 although its centred tokens spread.
+    assert float(run(torch.tensor([[1.0, 1], [2, 2], [3, 3]]))) == pytest.approx(0, abs=1e-5)
+    # A zero token adds nothing but counts in R = min(n, C).
+    assert float(run(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0]]))) == pytest.approx(math.log(2) / math.log(3))
+
+
+@both
+def test_entropy_does_not_see_order_or_scale(kind: str) -> None:
+    run = implementations("spectral_entropy")[kind == "torch"]
+    tokens = randn(40, 12)
+    torch.testing.assert_close(run(tokens[torch.randperm(40)] * 7), run(tokens), atol=1e-6, rtol=0)
+
+
+# -- density_peaks -----------------------------------------------------------------------------------------------------
+LOWEST = torch.finfo(torch.float32).min
+"""Log score of a candidate at distance 0 of a denser one, or alone: below all others, above those that are none."""
+
+
+def true_peaks(tokens: Tensor, candidates: Tensor, k: int, ties: str = "index") -> Tensor:
+    """Log scores in fp64 from the words of its docstring, point by point: independent of both implementations."""
+    out = torch.full(candidates.shape, -math.inf, dtype=torch.float64)
+    for b in range(tokens.shape[0]):
+        points = candidates[b].nonzero().squeeze(1).tolist()
+        x = tokens[b].double()
+        distance = {(i, j): float((x[i] - x[j]).norm()) / x.shape[1] ** 0.5 for i in points for j in points}
+        square = {i: sorted(distance[i, j] ** 2 for j in points)[:k] for i in points}
+        density = {i: -sum(s) / len(s) for i, s in square.items()}
+        largest = max(distance.values(), default=0)
+        for i in points:
+            denser = [j for j in points if density[j] > density[i]]
+            denser += [j for j in points if ties == "index" and density[j] == density[i] and j < i]
+            delta = min((distance[i, j] for j in denser), default=largest)
+            out[b, i] = density[i] + math.log(delta) if delta > 0 else LOWEST
+    return out
+
+
+def clusters(frames: int, n: int, channels: int, spread: float) -> Tensor:
+    """Five centres and tokens `spread` away from them."""
+    centre = randn(frames, 5, channels, seed=7)
+    own = (rand(frames, n, seed=8) * 5).long()
+    return centre.gather(1, own[..., None].expand(-1, -1, channels)) + spread * randn(frames, n, channels, seed=9)
+
+
+def some(frames: int, n: int, share: float = 0.7) -> Tensor:
+    return rand(frames, n, seed=3) < share
+
+
+def duplicated() -> Tensor:
+    x = randn(3, 30, 24)
+    x[:, 1::5] = x[:, [0]]
+    x[:, 7] = x[:, 8]
+    return x
+
+
+def with_outlier() -> Tensor:
+    x = randn(2, 30, 24)
+    x[:, 4] *= 1000
+    return x
+
+
+PEAKS = {
+    "random": lambda: (randn(3, 29, 24), some(3, 29), 4),
+    "all candidates": lambda: (randn(3, 29, 24), torch.ones(3, 29, dtype=torch.bool), 4),
+    "one channel": lambda: (randn(2, 13, 1), some(2, 13), 4),
+    "fewer than k": lambda: (randn(2, 9, 8), some(2, 9, 0.3), 7),
+    "k = 1": lambda: (randn(2, 9, 8), some(2, 9), 1),
+    "k = n": lambda: (randn(2, 9, 8), some(2, 9), 9),
+    "one candidate": lambda: (randn(3, 6, 8), torch.eye(6)[:3].bool(), 4),
+    "two candidates": lambda: (randn(1, 6, 8), torch.eye(6)[:1].bool() | torch.eye(6)[4:5].bool(), 4),
+    "no candidate": lambda: (randn(2, 6, 8), torch.zeros(2, 6, dtype=torch.bool), 4),
+    "no frame": lambda: (randn(0, 6, 8), torch.zeros(0, 6, dtype=torch.bool), 4),
+    "one token": lambda: (randn(2, 1, 8), torch.ones(2, 1, dtype=torch.bool), 4),
+    "all equal": lambda: (randn(1, 1, 8).expand(2, 12, 8), some(2, 12), 4),
+    "all zero": lambda: (torch.zeros(2, 12, 8), some(2, 12), 4),
+    "duplicates": lambda: (duplicated(), some(3, 30), 4),
+    "x 0.001": lambda: (randn(3, 29, 24) * 1e-3, some(3, 29), 4),
+    "x 10": lambda: (randn(3, 29, 24) * 10, some(3, 29), 4),
+    "+ 100": lambda: (randn(3, 29, 24) + 100, some(3, 29), 4),
+    "bfloat16": lambda: (randn(3, 29, 24).bfloat16(), some(3, 29), 4),
+    "float16": lambda: (randn(3, 29, 24).half(), some(3, 29), 4),
+    "float16 + 100": lambda: ((randn(3, 29, 24) + 100).half(), some(3, 29), 4),
+    "clusters 0.1": lambda: (clusters(3, 29, 24, 0.1), some(3, 29), 4),
+    "clusters 0.01": lambda: (clusters(3, 29, 24, 0.01), some(3, 29), 4),
+    "clusters 0.001": lambda: (clusters(3, 29, 24, 0.001), some(3, 29), 4),
+    "clusters 0.0001": lambda: (clusters(3, 29, 24, 0.0001), some(3, 29), 4),
+    "outlier": lambda: (with_outlier(), some(2, 30), 4),
+}
+
+
+@both
+@pytest.mark.parametrize("ties", ["index", "strict"])
+@pytest.mark.parametrize("case", PEAKS)
+def test_peaks_are_chosen_as_defined(case: str, ties: str, kind: str) -> None:
+    run = implementations("density_peaks")[kind == "torch"]
+    tokens, candidates, k = PEAKS[case]()
+    got, true = run(tokens, candidates, k, ties), true_peaks(tokens, candidates, k, ties)
+    assert got.dtype == torch.float32 and got.shape == candidates.shape
+    assert not got.isnan().any() and not got.eq(math.inf).any()
+    assert torch.equal(got.isfinite(), candidates)
+    for mine, right in zip(got, true, strict=True):
+        number = int(right.isfinite().sum())
+        for m in {min(1, number), number // 3, number // 2, number}:
+            chosen, want = (ops.top_tokens(s[None], m)[0] for s in (mine, right))
+            assert_same_choice(chosen, want, right, logarithmic=True)
+
+
+@both
+def test_peaks_by_hand(kind: str) -> None:
+    # On a line (C = 1): 0, 1, 10, 12; k = 2, so density is minus half the squared distance to the neighbour:
+    # -1/2, -1/2, -2, -2. "index": 0 is the densest of all, its delta the largest distance 12; 1 has 0 at distance 1;
+    # 10 has 1 at 9; 12 has 10, equally dense but earlier, at 2.
+    # "strict": nothing is denser than 1 either: 12; and 10 is not denser than 12, whose nearest is 1 at 11.
+    run = implementations("density_peaks")[kind == "torch"]
+    line = torch.tensor([0.0, 1, 10, 12]).view(1, 4, 1)
+    everyone = torch.ones(1, 4, dtype=torch.bool)
+    index = [-0.5 + math.log(12), -0.5, -2 + math.log(9), -2 + math.log(2)]
+    strict = [-0.5 + math.log(12), -0.5 + math.log(12), -2 + math.log(9), -2 + math.log(11)]
+    torch.testing.assert_close(run(line, everyone, 2), torch.tensor([index]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(line, everyone, 2, "strict"), torch.tensor([strict]), atol=1e-5, rtol=0)
+    # Without the token at 1: k = 2 neighbours are 10 for 0 and 12 for 10, densities -50, -2, -2.
+    third = torch.tensor([[True, False, True, True]])
+    want = [-50 + math.log(10), -math.inf, -2 + math.log(12), -2 + math.log(2)]
+    torch.testing.assert_close(run(line, third, 2), torch.tensor([want]), atol=1e-4, rtol=0)
+
+
+@both
+def test_peaks_of_duplicates(kind: str) -> None:
+    # 3, 3, 3, 5 with k = 2: the copies are equally dense (0). "index": only the first is a peak, the others lie at
+    # distance 0 of it, but still may be chosen, after 5. "strict": nothing is denser than any copy, all are peaks.
+    run = implementations("density_peaks")[kind == "torch"]
+    line, everyone = torch.tensor([3.0, 3, 3, 5]).view(1, 4, 1), torch.ones(1, 4, dtype=torch.bool)
+    low, peak, last = LOWEST, math.log(2), -2 + math.log(2)
+    torch.testing.assert_close(run(line, everyone, 2), torch.tensor([[peak, low, low, last]]), atol=1e-6, rtol=0)
+    strict = torch.tensor([[peak, peak, peak, last]])
+    torch.testing.assert_close(run(line, everyone, 2, "strict"), strict, atol=1e-6, rtol=0)
+
+
+@both
+def test_peaks_with_the_noise_of_official_code(kind: str) -> None:
+    # density + noise in the linear domain: exp(-1/2) and exp(-1/2) + 0.1, so that now 1 is the densest.
+    run = implementations("density_peaks")[kind == "torch"]
+    line, everyone = torch.tensor([0.0, 1, 10, 12]).view(1, 4, 1), torch.ones(1, 4, dtype=torch.bool)
+    noise = torch.tensor([[0, 0.1, 0, 0]])
+    want = [-0.5 + math.log(1), math.log(math.exp(-0.5) + 0.1) + math.log(12), -2 + math.log(9), -2 + math.log(2)]
+    torch.testing.assert_close(run(line, everyone, 2, noise=noise), torch.tensor([want]), atol=1e-5, rtol=0)
+
+
+def test_peaks_scores_agree() -> None:
+    naive, fast = implementations("density_peaks")
+    for arguments in (PEAKS["random"](), PEAKS["all candidates"](), PEAKS["+ 100"](), PEAKS["x 0.001"]()):
+        torch.testing.assert_close(fast(*arguments), naive(*arguments), atol=3e-6, rtol=0)
+
+
+def test_peaks_of_one_frame_do_not_depend_on_the_others() -> None:
+    naive, fast = implementations("density_peaks")
+    tokens, candidates, k = PEAKS["random"]()
+    for run in (naive, fast):
+        alone = torch.cat([run(tokens[b : b + 1], candidates[b : b + 1], k) for b in range(3)])
+        torch.testing.assert_close(run(tokens, candidates, k), alone, atol=1e-6, rtol=0)
+
+
+def test_peaks_ignore_what_is_no_candidate() -> None:
+    naive, fast = implementations("density_peaks")
+    tokens, candidates, k = PEAKS["random"]()
+    other = torch.where(candidates[..., None], tokens, 5 * randn(*tokens.shape, seed=11))
+    for run in (naive, fast):
+        torch.testing.assert_close(run(other, candidates, k), run(tokens, candidates, k), atol=1e-5, rtol=0)
+
+
+# -- anchor_merge ------------------------------------------------------------------------------------------------------
+def matrix(triplets: tuple[Tensor, Tensor, Tensor], n: int) -> Tensor:
+    """[n, n] fp64: row = anchor."""
+    return torch.zeros(n, n, dtype=torch.float64).index_put_(triplets[:2], triplets[2].double(), accumulate=True)
+
+
+def merging(seed: int = 0, n: int = 60, channels: int = 16) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Tokens, members (not all of them, unsorted), anchors of three frames, one of them without."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    members = order[: n - 9]
+    return randn(n, channels, seed=seed), members, [members[:5].sort().values, members[:0], members[5:8].sort().values]
+
+
+MERGES = {
+    "random": lambda: merging(),
+    "odd": lambda: merging(1, 37, 7),
+    "one channel": lambda: merging(2, 30, 1),
+    "x 0.001": lambda: (merging()[0] * 1e-3, *merging()[1:]),
+    "x 10": lambda: (merging()[0] * 10, *merging()[1:]),
+    "bfloat16": lambda: (merging()[0].bfloat16(), *merging()[1:]),
+    "float16": lambda: (merging()[0].half(), *merging()[1:]),
+    "offset": lambda: (merging()[0] + 3, *merging()[1:]),
+    "some zero": lambda: (merging()[0] * (rand(60, 1) > 0.4), *merging()[1:]),
+    "all zero": lambda: (torch.zeros(60, 16), *merging()[1:]),
+    "all equal": lambda: (torch.ones(60, 16), *merging()[1:]),
+    "no member": lambda: (randn(9, 4), torch.empty(0, dtype=torch.long), [torch.tensor([2, 5])]),
+    "no anchor": lambda: (randn(9, 4), torch.arange(9), []),
+    "no anchor in any frame": lambda: (randn(9, 4), torch.arange(9), [torch.empty(0, dtype=torch.long)] * 2),
+    "one anchor": lambda: (randn(9, 4), torch.arange(9), [torch.tensor([4])]),
+    "one token": lambda: (randn(1, 4), torch.tensor([0]), [torch.tensor([0])]),
+}
+
+
+@pytest.mark.parametrize("weight", [0.6, 0.0, 1.0])
+@pytest.mark.parametrize("case", MERGES)
+def test_merging_equals_definition(case: str, weight: float) -> None:
+    naive, fast = implementations("anchor_merge")
+    tokens, members, anchors = MERGES[case]()
+    got, want = fast(tokens, members, anchors, weight), naive(tokens, members, anchors, weight)
+    assert [x.dtype for x in got] == [x.dtype for x in want] == [torch.long, torch.long, torch.float32]
+    torch.testing.assert_close(matrix(got, len(tokens)), matrix(want, len(tokens)), atol=1e-6, rtol=0)
+    rows = matrix(got, len(tokens)).sum(1)
+    chosen = torch.cat([*anchors, members[:0]])
+    torch.testing.assert_close(rows[chosen], torch.ones(len(chosen), dtype=torch.float64))
+    assert rows.sum() == pytest.approx(len(chosen))
+
+
+@both
+def test_merging_by_hand(kind: str) -> None:
+    # Anchors 0 = (1,0) and 1 = (0,2). 2 = (3,1) and 4 = (5,0) are nearer in direction to 0, 3 = (-1,1) to 1; members
+    # include the anchors. So n_0 = 3, n_1 = 2; own weight max(1/4, .3) = .3 and max(1/3, .3) = 1/3.
+    run = implementations("anchor_merge")[kind == "torch"]
+    tokens = torch.tensor([[1.0, 0], [0, 2], [3, 1], [-1, 1], [5, 0]])
+    got = matrix(run(tokens, torch.arange(5), [torch.tensor([0, 1])], 0.3), 5)
+    a, b = 0.7 / 3, (1 - 1 / 3) / 2
+    want = torch.zeros(5, 5, dtype=torch.float64)
+    want[0] = torch.tensor([0.3 + a, 0, a, 0, a])
+    want[1] = torch.tensor([0, 1 / 3 + b, 0, b, 0])
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+@both
+def test_an_anchor_that_nobody_chose_stays_as_it_is(kind: str) -> None:
+    run = implementations("anchor_merge")[kind == "torch"]
+    tokens = torch.tensor([[1.0, 0], [-1, 0], [2, 0.1]])
+    got = matrix(run(tokens, torch.tensor([0, 2]), [torch.tensor([0, 1])], 0.6), 3)
+    assert got[1].tolist() == [0, 1, 0]
+
+
+@both
+def test_a_member_joins_one_anchor_of_every_frame(kind: str) -> None:
+    run = implementations("anchor_merge")[kind == "torch"]
+    tokens, members, anchors = merging()
+    got = matrix(run(tokens, members, anchors, 0.0), len(tokens))
+    for frame in anchors:
+        taken = (got[frame] > 0).sum(0)
+        if len(frame):
+            own = torch.zeros(len(tokens), dtype=torch.bool).index_fill(0, frame, True)
+            member = torch.zeros(len(tokens), dtype=torch.bool).index_fill(0, members, True)
+            assert taken[member & ~own].eq(1).all() and taken[~member].eq(0).all()
+
+
+@both
+@pytest.mark.parametrize("anchors", [2, 9, 40])
+@pytest.mark.parametrize("channels", [3, 24, 65])
+def test_zero_members_and_ties_go_to_the_first_anchor(kind: str, anchors: int, channels: int) -> None:
+    run = implementations("anchor_merge")[kind == "torch"]
+    direction = randn(1, channels)
+    tokens = torch.cat([direction.expand(anchors, -1), randn(20, channels, seed=1), torch.zeros(1, channels)])
+    members = torch.arange(anchors, len(tokens))
+    got = matrix(run(tokens, members, [torch.arange(anchors)], 0.5), len(tokens))
+    assert got[0, members].gt(0).all() and got[1:anchors, members].eq(0).all()
+
+
+@both
+def test_members_choose_by_cosine_alone(kind: str) -> None:
+    run = implementations("anchor_merge")[kind == "torch"]
+    tokens, members, anchors = merging(4, 80, 12)
+    scaled = tokens * (0.01 + 100 * rand(80, 1, seed=4))
+    got, want = (matrix(run(x, members, anchors, 0.6), 80) for x in (scaled, tokens))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
+    for frame in (f for f in anchors if len(f)):
+        others = members[~torch.isin(members, frame)]
+        similarity = unit[others] @ unit[frame].T
+        assert_same_argmax(got[frame][:, others].argmax(0), similarity.argmax(1), similarity)
+
+
+# -- merge -------------------------------------------------------------------------------------------------------------
+def bag(seed: int, n: int = 40, k: int = 12, e: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """keep and unsorted triplets in which some (slot, source) pairs come twice and some slots not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.randperm(n, generator=generator)[:k].sort().values
+    slot = torch.randint(0, k // 2, (e,), generator=generator) * 2
+    return keep, slot, torch.randint(0, n, (e,), generator=generator), torch.randn(e, generator=generator) / 4
+
+
+def product(keep: Tensor, slot: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
+    """[K, N] fp64."""
+    out = torch.zeros(len(keep), n, dtype=torch.float64)
+    out.index_put_((slot, source), weight.double(), accumulate=True)
+    alone = torch.ones(len(keep), dtype=torch.bool).index_fill(0, slot, False)
+    out[alone, keep[alone]] = 1
+    return out
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 1e-3, 10])
+def test_merge_is_the_dense_product(kind: str, dtype: torch.dtype, scale: float) -> None:
+    run = implementations("merge")[kind == "torch"]
+    features = (randn(40, 19) * scale).to(dtype)
+    triplets = bag(0)
+    got = run(features, *triplets)
+    want = product(*triplets, 40) @ features.double()
+    assert got.dtype == dtype
+    # Sums run in fp32 or better, so one rounding to the storage dtype is all that may be seen.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, atol=max(eps / 4, 2e-6) * scale, rtol=max(eps, 1e-6))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_merge_copies_unmixed_tokens_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    run = implementations("merge")[kind == "torch"]
+    features = (randn(40, 19) * 1e3).to(dtype)
+    keep, *triplets = bag(1)
+    assert torch.equal(run(features, keep, *triplets)[1::2], features[keep[1::2]])
+
+
+@both
+def test_merge_of_nothing_and_of_everything(kind: str) -> None:
+    run = implementations("merge")[kind == "torch"]
+    features, none = randn(5, 3), torch.empty(0, dtype=torch.long)
+    assert torch.equal(run(features, torch.tensor([1, 4]), none, none, torch.empty(0)), features[[1, 4]])
+    ones = torch.full((5,), 0.2)
+    mean = run(features, torch.tensor([2]), torch.zeros(5, dtype=torch.long), torch.arange(5), ones)
+    torch.testing.assert_close(mean, features.mean(0, keepdim=True), atol=1e-6, rtol=0)
+    assert run(features[:1], torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([0.0])).eq(0).all()
+
+
+@both
+def test_merge_is_differentiable(kind: str) -> None:
+    run = implementations("merge")[kind == "torch"]
+    triplets, upstream = bag(2), randn(12, 19, seed=3)
+    features = randn(40, 19).requires_grad_()
+    (run(features, *triplets) * upstream).sum().backward()
+    want = product(*triplets, 40).T @ upstream.double()
+    torch.testing.assert_close(features.grad.double(), want, atol=1e-5, rtol=1e-5)
+
+
+# -- column_mean_attention ---------------------------------------------------------------------------------------------
+ATTENTIONS = {
+    "random": lambda: (randn(3, 4, 17, 8), randn(3, 4, 17, 8, seed=1), 8**-0.5),
+    "one token": lambda: (randn(2, 3, 1, 8), randn(2, 3, 1, 8, seed=1), 1.0),
+    "one head": lambda: (randn(2, 1, 9, 5), randn(2, 1, 9, 5, seed=1), 1.0),
+    "one frame": lambda: (randn(1, 2, 9, 5), randn(1, 2, 9, 5, seed=1), 1.0),
+    "peaked": lambda: (randn(2, 3, 11, 8) * 30, randn(2, 3, 11, 8, seed=1) * 30, 8**-0.5),
+    "one key far up": lambda: (torch.ones(1, 1, 9, 2), 1e4 * torch.eye(9)[None, None, :, :2], 1.0),
+    "all equal": lambda: (torch.ones(2, 2, 7, 4), torch.ones(2, 2, 7, 4), 1.0),
+    "all zero": lambda: (torch.zeros(2, 2, 7, 4), torch.zeros(2, 2, 7, 4), 1.0),
+    "bfloat16": lambda: (randn(3, 4, 17, 8).bfloat16(), randn(3, 4, 17, 8, seed=1).bfloat16(), 8**-0.5),
+    "float16": lambda: ((randn(3, 4, 17, 8) * 3).half(), (randn(3, 4, 17, 8, seed=1) * 3).half(), 8**-0.5),
+}
+
+
+@both
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_received_attention_is_the_mean_of_the_softmax(case: str, kind: str) -> None:
+    run = implementations("column_mean_attention")[kind == "torch"]
+    query, key, scale = ATTENTIONS[case]()
+    got = run(query, key, scale)
+    assert got.dtype == torch.float32 and got.shape == (query.shape[0], query.shape[2])
+    want = torch.softmax(query.double() @ key.double().transpose(2, 3) * scale, dim=-1).mean((1, 2))
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got.sum(1), torch.ones(len(got)), atol=1e-6, rtol=0)
+
+
+@both
+def test_received_attention_is_what_scaled_dot_product_attention_hands_on(kind: str) -> None:
+    # With the unit vectors as values SDPA returns its weights.
+    run = implementations("column_mean_attention")[kind == "torch"]
+    query, key, scale = ATTENTIONS["random"]()
+    one = torch.eye(17).expand(3, 4, 17, 17)
+    weights = torch.nn.functional.scaled_dot_product_attention(query, key, one, scale=scale)
+    torch.testing.assert_close(run(query, key, scale), weights.mean((1, 2)), atol=1e-6, rtol=0)
+
+
+def test_received_attention_needs_no_square_matrix_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("vidcompress.ops.column_mean_attention.torch")
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 500})
+    sizes = []
+    original = torch.bmm
+
+    def watched(*args: Tensor, **kwargs: Any) -> Tensor:
+        out = original(*args, **kwargs)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(module.torch, "bmm", watched)
+    module.column_mean_attention(randn(2, 4, 40, 8), randn(2, 4, 40, 8, seed=1), 1.0)
+    assert sizes and max(sizes) <= 500 < 2 * 4 * 40 * 40
+
+
+# -- top_tokens --------------------------------------------------------------------------------------------------------
+def test_top_tokens_by_hand() -> None:
+    scores = torch.tensor([[1.0, 3, 2, 3], [0, 0, 0, 0], [-math.inf, 5, -math.inf, 6]])
+    assert ops.top_tokens(scores, 2).tolist() == [
+        [False, True, False, True],
+        [True, True, False, False],
+        [False, True, False, True],
+    ]
+    got = ops.top_tokens(scores, torch.tensor([1, 3, 0])).long().tolist()
+    assert got == [[0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert ops.top_tokens(scores, 9).all()
+    assert ops.top_tokens(scores[:0], torch.empty(0, dtype=torch.long)).shape == (0, 4)
+
+
+@quick
+@given(st.data())
+def test_top_tokens_picks_the_highest_and_the_lowest_index_first(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 12))
+    row = st.lists(st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-3, 2.0, 2.0]), min_size=n, max_size=n)
+    rows = data.draw(st.lists(row, min_size=1, max_size=4))
+    counts = data.draw(st.lists(st.integers(0, n + 2), min_size=len(rows), max_size=len(rows)))
+    scores = torch.tensor(rows)
+    got = ops.top_tokens(scores, torch.tensor(counts))
+    for mask, values, count in zip(got.tolist(), rows, counts, strict=True):
+        want = sorted(range(n), key=lambda i: (-values[i], i))[:count]
+        assert [i for i in range(n) if mask[i]] == sorted(want)
+    assert torch.equal(ops.top_tokens(scores, counts[0])[0], got[0])
+
+
+# -- apportion ---------------------------------------------------------------------------------------------------------
+def exact_shares(total: int, weights: list[float], caps: list[int]) -> list[Fraction]:
+    """Water-filling in exact arithmetic."""
+    share = [Fraction(0)] * len(weights)
+    free, left = list(range(len(weights))), Fraction(total)
+    while free:
+        scale = left / sum(Fraction(weights[i]) for i in free)
+        full = [i for i in free if Fraction(weights[i]) * scale > caps[i]]
+        for i in full or free:
+            share[i] = Fraction(caps[i]) if full else Fraction(weights[i]) * scale
+        left -= sum(caps[i] for i in full)
+        free = [i for i in free if i not in full] if full else []
+    return share
+
+
+@st.composite
+def sharings(draw: st.DrawFn, weight: st.SearchStrategy) -> tuple[int, list[float], list[int]]:
+    n = draw(st.integers(1, 9))
+    weights = draw(st.lists(weight, min_size=n, max_size=n))
+    caps = draw(st.lists(st.integers(0, 60) | st.just(99), min_size=n, max_size=n))
+    return draw(st.integers(0, sum(caps))), weights, caps
+
+
+@quick
+@given(sharings(st.floats(1e-3, 1e3)))
+def test_apportion_adds_up_below_the_caps(sharing: tuple[int, list[float], list[int]]) -> None:
+    total, weights, caps = sharing
+    counts = ops.apportion(total, weights, caps)
+    assert sum(counts) == total
+    assert all(0 <= c <= cap for c, cap in zip(counts, caps, strict=True))
+    for count, share in zip(counts, exact_shares(total, weights, caps), strict=True):
+        assert share - 1 - Fraction(1, 10**6) < count < share + 1 + Fraction(1, 10**6)
+
+
+@settings(quick, max_examples=1000)
+@given(sharings(st.integers(1, 7)))
+@example((2, [4, 1, 1], [99] * 3))
+def test_apportion_gives_the_rest_to_the_largest_remainders(sharing: tuple[int, list[float], list[int]]) -> None:
+    # Weights are lengths here, as FastVID's: equal remainders are common, and the lowest index has to win.
+    total, weights, caps = sharing
+    share = exact_shares(total, weights, caps)
+    want = [math.floor(s) for s in share]
+    for i in sorted(range(len(share)), key=lambda i: (want[i] - share[i], i))[: total - sum(want)]:
+        want[i] += 1
+    assert ops.apportion(total, weights, caps) == want
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "caps", "want"),
+    [
+        (10, [1, 1], [10, 10], [5, 5]),
+        (3, [1, 1], [10, 10], [2, 1]),  # equal remainders: the lowest
+        (2, [4, 1, 1], [9, 9, 9], [2, 0, 0]),  # 4/3, 1/3, 1/3: three equal remainders, the lowest
+        (10, [1, 3], [10, 10], [3, 7]),  # 2.5, 7.5: the lowest
+        (10, [3, 1], [10, 10], [8, 2]),
+        (10, [3, 1], [4, 10], [4, 6]),  # the first is capped, the other gets what it turned away
+        (9, [6, 2, 1], [3, 9, 9], [3, 4, 2]),  # 6 left at 2 : 1
+        (12, [8, 3, 1], [2, 5, 9], [2, 5, 5]),  # two caps, one after the other
+        (0, [1, 2], [5, 5], [0, 0]),
+        (7, [1, 2], [3, 4], [3, 4]),
+        (29, [0.29, 0.71], [100, 100], [8, 21]),
+        (1, [5.0], [1], [1]),
+        (0, [1.0], [0], [0]),
+        (5, [1.0, 0.0], [3, 10], [3, 2]),  # a weight that underflowed gets what nobody else can take
+    ],
+)
+def test_apportion_by_hand(total: int, weights: list[float], caps: list[int], want: list[int]) -> None:
+    assert ops.apportion(total, weights, caps) == want
+
+
+def test_apportion_is_proportional_where_it_divides() -> None:
+    assert ops.apportion(60, [1, 2, 3], [99] * 3) == [10, 20, 30]
+    assert ops.apportion(60, [0.1, 0.2, 0.3], [99] * 3) == [10, 20, 30]
+
+
+def test_apportion_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="6 tokens do not fit under caps that add up to 5"):
+        ops.apportion(6, [1, 1], [2, 3])
+
+
+# -- anchor_budgets ----------------------------------------------------------------------------------------------------
+def spans(lengths: list[int]) -> list[tuple[int, int]]:
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@st.composite
+def placings(draw: st.DrawFn) -> dict[str, Any]:
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    positions, frames = draw(st.integers(1, 12)), sum(lengths)
+    budget = draw(st.integers(1, max(1, frames * positions - 1)))
+    if budget >= frames * positions:  # only P = 1 and one frame: nothing to remove, the op is not called
+        positions, budget = 2, 1
+    salient = draw(st.integers(0, budget // frames))
+    weights = draw(st.lists(st.floats(0.01, 10), min_size=len(lengths), max_size=len(lengths)))
+    return {
+        "segments": spans(lengths),
+        "positions": positions,
+        "budget": budget,
+        "salient": min(salient, positions),
+        "weights": weights,
+        "interval": draw(st.integers(1, 6)),
+    }
+
+
+@quick
+@given(placings())
+def test_anchor_budgets_place_exactly_the_budget(case: dict[str, Any]) -> None:
+    salient, anchors = ops.anchor_budgets(**case)
+    frames, p = case["segments"][-1][1], case["positions"]
+    assert len(salient) == len(anchors) == frames
+    assert sum(salient) + sum(anchors) == case["budget"]
+    assert all(s >= 0 and a >= 0 and s + a <= p for s, a in zip(salient, anchors, strict=True))
+    assert min(salient) >= case["salient"]
+    # Anchors lie in the last frame of a segment and every interval-th before it, a later one has never fewer.
+    for start, end in case["segments"]:
+        own = [f for f in range(start, end) if (end - 1 - f) % case["interval"] == 0]
+        assert all(anchors[f] == 0 for f in range(start, end) if f not in own)
+        counts = [anchors[f] for f in own]
+        assert counts == sorted(counts) and counts[-1] - counts[0] <= 1
+    # More salient tokens than asked for only where one less would not leave room for the anchors.
+    least = min(salient)
+    anchor_frames = [f for s, e in case["segments"] for f in range(s, e) if (e - 1 - f) % case["interval"] == 0]
+    if least > case["salient"]:
+        assert len(anchor_frames) * (p - least + 1) < case["budget"] - frames * (least - 1)
+    # And one more than the others only where all anchor frames are full: the first frames without anchors.
+    more = [f for f in range(frames) if salient[f] > least]
+    if more:
+        assert all(least + anchors[f] == p for f in anchor_frames)
+        assert more == [f for f in range(frames) if f not in anchor_frames][: len(more)]
+        assert {salient[f] for f in more} == {least + 1}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "positions", "budget", "salient", "weights", "interval", "want"),
+    [
+        # Five frames, p = 4: anchors in frames 0 and 4. 50 - 5 * 6 = 20 anchors, 10 each.
+        pytest.param([5], 50, 50, 6, [5], 4, ([6] * 5, [10, 0, 0, 0, 10]), id="even"),
+        # One more: the latest gets it.
+        pytest.param([5], 50, 51, 6, [5], 4, ([6] * 5, [10, 0, 0, 0, 11]), id="the latest gets the rest"),
+        # Frames 0, 2, 4 of five; 8 anchors are 2, 3, 3.
+        pytest.param([5], 50, 13, 1, [5], 2, ([1] * 5, [2, 0, 3, 0, 3]), id="two of three"),
+        # Two segments, weights 3 : 1: 6 and 2 of 8; the first has anchors in frames 0 and 2.
+        pytest.param([3, 1], 9, 12, 1, [3, 1], 2, ([1] * 4, [3, 0, 3, 2]), id="weights"),
+        # The second segment's one frame holds 4 - 1 = 3 anchors; the rest goes to the other.
+        pytest.param([2, 1], 4, 7, 1, [1, 9], 1, ([1] * 3, [0, 1, 3]), id="a full frame"),
+        # A_k = 1 anchor frame of room 4 - 1 = 3 cannot take 12 - 4 = 8; with 2 salient: room 2, rest 4; with 3: 0.
+        pytest.param([4], 4, 12, 1, [1], 4, ([3] * 4, [0] * 4), id="salient rises"),
+        # 13: 3 salient in four frames leave 1, which the anchor frame takes.
+        pytest.param([4], 4, 13, 1, [1], 4, ([3] * 4, [0, 0, 0, 1]), id="salient rises, one anchor"),
+        # 15: the anchor frame takes 1 and two are left: one more salient in the first frames without anchors.
+        pytest.param([4], 4, 15, 1, [1], 4, ([4, 4, 3, 3], [0, 0, 0, 1]), id="last resort"),
+        pytest.param([1], 5, 4, 0, [1], 4, ([0], [4]), id="one frame, no salient"),
+        pytest.param([1] * 3, 2, 3, 1, [1] * 3, 4, ([1] * 3, [0] * 3), id="no anchors"),
+    ],
+)
+def test_anchor_budgets_by_hand(
+    lengths: list[int], positions: int, budget: int, salient: int, weights: list[float], interval: int, want: tuple
+) -> None:
+    assert ops.anchor_budgets(spans(lengths), positions, budget, salient, weights, interval) == want
+
+
+# -- segment_frames ----------------------------------------------------------------------------------------------------
+def at(*degrees: float) -> Tensor:
+    """Unit vectors in the plane."""
+    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "c", "tau", "want"),
+    [
+        # Neighbours 10, 50, 10, 20 degrees apart: cosines .985, .643, .985, .940.
+        pytest.param([0, 10, 60, 70, 90], 1, -1, [(0, 5)], id="one segment"),
+        pytest.param([0, 10, 60, 70, 90], 2, -1, [(0, 2), (2, 5)], id="the least similar"),
+        pytest.param([0, 10, 60, 70, 90], 3, -1, [(0, 2), (2, 4), (4, 5)], id="the two least similar"),
+        pytest.param([0, 10, 60, 70, 90], 1, 0.95, [(0, 2), (2, 4), (4, 5)], id="below the threshold"),
+        pytest.param([0, 10, 60, 70, 90], 2, 0.95, [(0, 2), (2, 4), (4, 5)], id="c is the least number"),
+        pytest.param([0, 10, 60, 70, 90], 1, 1.01, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)], id="all"),
+        pytest.param([0, 10, 60, 70, 90], 9, -1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)], id="t < c"),
+        pytest.param([0, 90], 8, -1, [(0, 1), (1, 2)], id="t = 2"),
+        pytest.param([30], 8, 0.9, [(0, 1)], id="t = 1"),
+        pytest.param([30], 1, 0.9, [(0, 1)], id="t = 1, c = 1"),
+    ],
+)
+def test_segments_by_hand(degrees: list[float], c: int, tau: float, want: list[tuple[int, int]]) -> None:
+    assert ops.segment_frames(at(*degrees), c, tau) == want
+    assert ops.segment_frames(at(*degrees).float() * 7, c, tau) == want
+
+
+def test_segments_ties_go_to_the_earliest() -> None:
+    frames = torch.eye(6)  # all neighbours alike: cosine 0
+    assert ops.segment_frames(frames, 3, -1) == [(0, 1), (1, 2), (2, 6)]
+
+
+def test_segments_threshold_is_strict() -> None:
+    frames = torch.tensor([[1.0, 0], [0, 1], [1, 0]])  # cosine exactly 0
+    assert ops.segment_frames(frames, 1, 0.0) == [(0, 3)]
+    assert ops.segment_frames(frames, 1, 1e-9) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_frozen_frames_are_alike_exactly() -> None:
+    # 40 copies of frames whose own cosine comes out as 1 - ulp for some: rounding must not choose the boundary.
+    frames = randn(40, 1, 77).expand(40, 3, 77)
+    for copies in frames.unbind(0):
+        assert ops.segment_frames(copies, 1, 1.0) == [(0, 3)]
+        assert ops.segment_frames(copies, 2, -1) == [(0, 1), (1, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_segments_are_cut_in_better_than_storage_precision(dtype: torch.dtype) -> None:
+    frames = (randn(1, 64) + 0.02 * randn(12, 64, seed=1)).to(dtype)
+    assert ops.segment_frames(frames, 5, -1) == ops.segment_frames(frames.double(), 5, -1)
+
+
+def test_black_frames_are_like_nothing() -> None:
+    frames = torch.zeros(4, 3)
+    assert ops.segment_frames(frames, 1, 0.9) == [(0, 1), (1, 2), (2, 3), (3, 4)]  # cosine 0 with all
+    frames[2:] = 1
+    assert ops.segment_frames(frames, 1, -1) == [(0, 4)]
+    assert ops.segment_frames(frames, 1, 0.5) == [(0, 1), (1, 2), (2, 4)]
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 15), st.floats(-1, 1.1))
+def test_segments_cover_the_video(t: int, c: int, tau: float) -> None:
+    segments = ops.segment_frames(randn(t, 5, seed=t), c, tau)
+    assert [s for s, _ in segments] == [0, *[e for _, e in segments[:-1]]] and segments[-1][1] == t
+    assert all(s < e for s, e in segments)
+    assert len(segments) >= min(c, t)
