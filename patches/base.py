@@ -32,6 +32,7 @@ class EncodedVideo:
 
     @property
     def tokens(self) -> int:
+        """The video's own tokens, newlines not counted."""
         t, h, w = self.grid
         return t * h * w
 
@@ -88,6 +89,10 @@ class Patch:
 
     def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
         """What takes the signals `needs` out of the vision tower while it runs; None if nothing is needed."""
+        raise NotImplementedError
+
+    def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
+        """Index of the tower layer whose output a call of `get_video_features` with these arguments uses (the last)."""
         raise NotImplementedError
 
     def default_head(self, model: nn.Module) -> str | None:

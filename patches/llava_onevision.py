@@ -37,16 +37,19 @@ class LlavaOnevisionPatch(Patch):
         ]
 
     def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
-        base = self.base(model)
-        layers = base.vision_tower.encoder.layers
-        selected = base.config.vision_feature_layer
-        selected = [selected] if isinstance(selected, int) else selected
+        layers = self.base(model).vision_tower.encoder.layers
+        self.signal_layer(model, {})
+        return TowerSignals(layers, needs, head, functools.partial(self.pool_saliency, model))
+
+    def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
+        selected = arguments.get("vision_feature_layer")
+        selected = self.base(model).config.vision_feature_layer if selected is None else selected
+        depth = len(self.base(model).vision_tower.encoder.layers)
         # hidden_states[0] is what enters the first layer, so that hidden_states[i] leaves layer i - 1
-        last = max(i if i >= 0 else len(layers) + 1 + i for i in selected) - 1
+        last = max(i % (depth + 1) for i in ([selected] if isinstance(selected, int) else selected)) - 1
         if last < 0:
             raise ValueError(f"vision_feature_layer {selected} uses no layer of the vision tower; saliency needs one")
-
-        return TowerSignals(layers[last], needs, head, functools.partial(self.pool_saliency, model))
+        return last
 
     def pool_saliency(self, model: nn.Module, scores: Tensor) -> Tensor:
         """[F, patches] -> [F, P], exactly as the features are pooled."""

@@ -28,6 +28,7 @@ from tiny import (
     without_mask,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vidcompress import list_methods, load
 
@@ -179,6 +180,26 @@ def test_caller_positions_are_kept():
     assert (got - consecutive).abs().max() > 0.1
 
 
+def test_layers_get_contiguous_positions_and_the_rotary_embedding_gappy_ones():
+    """FlashAttention takes gaps in a layer's position_ids for packed sequences and would cut the prompt there."""
+    _, compressed, _ = pair(METHODS["prune"]())
+    seen: dict[str, Tensor] = {}
+
+    def layer(module: Any, args: Any, kwargs: Any) -> None:
+        seen["layer"] = kwargs["position_ids"]
+
+    def rotary(module: Any, args: Any, kwargs: Any) -> None:
+        seen["rotary"] = kwargs.get("position_ids", args[-1])
+
+    decoder = compressed.model.language_model
+    decoder.layers[0].register_forward_pre_hook(layer, with_kwargs=True)
+    decoder.rotary_emb.register_forward_pre_hook(rotary, with_kwargs=True)
+    inputs = llava_inputs([ONE])
+    compressed(**inputs)
+    assert (seen["layer"].diff() == 1).all()
+    assert (seen["rotary"].diff() > 1).any() and seen["rotary"][0, -1] == inputs["input_ids"].shape[1] - 1
+
+
 def test_the_model_without_its_head_can_be_compressed():
     plain, whole = llava(), llava()
     method = METHODS["merge"]()
@@ -315,9 +336,17 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     _, thrifty, _ = pair(method)
     inputs = llava_inputs([TWO])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VIDEO, -100)
-    thrifty.gradient_checkpointing_enable()
+    recomputed = []
+
+    def counting_checkpoint(*args: Any) -> Any:
+        recomputed.append(1)
+        return checkpoint(*args, use_reentrant=False)
+
+    for layer in thrifty.model.language_model.layers:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, counting_checkpoint
     thrifty.train()
     losses = [m(**inputs, labels=labels, use_cache=False).loss for m in (model, thrifty)]
+    assert len(recomputed) == 6
     torch.testing.assert_close(*losses)
     for value in losses:
         value.backward()

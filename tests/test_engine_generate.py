@@ -25,7 +25,7 @@ from tiny import (
     without_mask,
 )
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, Qwen2ForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationMixin, Qwen2ForCausalLM, StaticCache
 
 needs_grouped_videos = pytest.mark.skipif(
     not hasattr(GenerationMixin, "_expand_multimodal_outputs"),
@@ -250,13 +250,43 @@ def test_beams_with_and_without_cache_and_alone(texts, positions, num_beams):
 def test_beams_in_the_second_turn():
     method = METHODS["merge"](positions="renumber")
     _, model, _ = pair(method)
-    inputs = llava_inputs([ONE])
+    inputs = llava_inputs([ONE, [7, 8, 9]])
     cache = empty_cache(model)
     second = followed_by(generate(model, inputs, 5, past_key_values=cache), inputs, [21, 22, 23])
     cache.batch_repeat_interleave(3)  # as generate() wants a cache for beams
     got = generate(model, second, num_beams=3, past_key_values=cache)
     whole = dict(second, pixel_values_videos=inputs["pixel_values_videos"])
     assert torch.equal(got.sequences, generate(model, whole, num_beams=3).sequences)
+
+
+@positions_policies
+@pytest.mark.parametrize(
+    "change, rows",
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_of_a_cache_can_be_rearranged(change, rows, positions):
+    method = METHODS["merge"](positions=positions)
+    plain, model, _ = pair(method)
+    inputs = llava_inputs([ONE, TWO, LATE])
+    with torch.no_grad():
+        place = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        cache = model(**inputs, position_ids=place, use_cache=True).past_key_values
+    change(cache)
+    words = torch.tensor([[21, 22, 23]] * 3)
+    whole = dict(
+        inputs,
+        input_ids=torch.cat([inputs["input_ids"], words], 1),
+        attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1),
+    )
+    second = {key: whole[key][rows] for key in ("input_ids", "attention_mask")}
+    got = generate(model, second, past_key_values=cache)
+    for b, row in enumerate(rows):
+        agrees(got, second, oracle.answer(plain, oracle.row(whole, row), method), b)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +327,18 @@ def test_static_cache_equals_dynamic(texts, positions):
     torch.testing.assert_close(step_logits(dynamic), step_logits(static), **oracle.TOLERANCE)
 
 
+def test_static_cache_is_not_compiled_behind_the_callers_back(monkeypatch):
+    """The hooks keep Python state. (Only a GPU is compiled for by default, hence the switch for all devices.)"""
+    compile_config = CompileConfig()
+    compile_config._compile_all_devices = True
+    plain, model, _ = pair(METHODS["merge"]())
+    asked = []
+    for m in (plain, model):
+        monkeypatch.setattr(m, "get_compiled_call", lambda config, m=m: asked.append(m) or m.__call__)
+        generate(m, llava_inputs([ONE]), 3, cache_implementation="static", compile_config=compile_config)
+    assert asked and all(m is plain for m in asked)
+
+
 def test_second_turn_on_a_static_cache():
     method = METHODS["merge"]()
     plain, model, _ = pair(method)
@@ -335,7 +377,7 @@ def test_crop_into_the_compressed_prompt_is_refused():
     first = generate(model, inputs, 4, past_key_values=cache)
     stored = [layer.keys.shape[2] for layer in cache.layers]
     for target in (2, 20, -length):
-        with pytest.raises(ValueError, match=f"cannot crop this cache from {length + 3} to .*compressed to"):
+        with pytest.raises(ValueError, match=f"cannot crop this cache from {length + 3} to .*: its first .*compressed"):
             cache.crop(target)
     assert [layer.keys.shape[2] for layer in cache.layers] == stored
     # Nothing was half-cropped: the conversation goes on.

@@ -74,6 +74,21 @@ def test_removing_leaves_the_callers_own_overrides_and_hooks():
     assert seen == ["decoder"] * 3
 
 
+def test_a_compressed_cache_is_refused_by_a_plain_model():
+    model, inputs = llava(), llava_inputs([ONE])
+    handle = compress(model, METHODS["merge"]())
+    cache = generate(model, inputs, 3).past_key_values
+    step = {"input_ids": torch.tensor([[7]]), "past_key_values": cache}
+    handle.remove()
+    with pytest.raises(RuntimeError, match="compressed prompt.*handle removed"):
+        model(**step)
+    handle = compress(model, METHODS["merge"]())
+    assert model(**step).logits.isfinite().all()
+    cache.reset()
+    handle.remove()
+    assert model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache).logits.isfinite().all()
+
+
 def test_the_callers_own_override_is_called():
     """Libraries put a compiled or wrapped generate() on the instance; compression must not undo that."""
     model = llava()

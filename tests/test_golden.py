@@ -69,7 +69,7 @@ def load_cases(folder: Path) -> Iterator[Case]:
             if params is None and method in list_methods():
                 known = {f.name for f in fields(list_methods()[method])}
                 params = {k: v for k, v in facts.items() if k in known} | {"remainder": "official"}
-            grid = tuple(facts.get("grid") or (facts["frames"], facts["tokens_per_frame"], 1))
+            grid = tuple(facts.get("grid") or (*own["features"].shape[:2], 1))
             yield Case(f"{path.stem}-{name}", method, params, grid, own)
 
 

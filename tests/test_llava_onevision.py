@@ -44,9 +44,11 @@ def test_saliency_comes_from_the_layer_before_the_features(real):
     patch = patches.find(real.config)
     layers = real.model.vision_tower.encoder.layers
     assert len(layers) == 26
-    signals = patch.tower_signals(real, frozenset({"saliency.received"}), None)
-    assert signals.layer is layers[25]
-    signals.remove()
+    assert patch.signal_layer(real, {}) == 25
+    assert patch.signal_layer(real, {"vision_feature_layer": -2}) == 24
+    assert patch.signal_layer(real, {"vision_feature_layer": [3, 26]}) == 25
+    with pytest.raises(ValueError, match="uses no layer"):
+        patch.signal_layer(real, {"vision_feature_layer": 0})
     assert patch.pool_saliency(real, torch.empty(3, 729, device="meta")).shape == (3, 196)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vidcompress import ops
 from vidcompress.method import Method, Pipeline, floor, list_methods, setting
-from vidcompress.methods import infomerge
 from vidcompress.methods.fastvid import FastVID
 from vidcompress.methods.infomerge import InfoMerge
 from vidcompress.methods.random import Random
@@ -162,7 +162,7 @@ def test_decisions_are_those_of_the_same_numbers_in_fp32(name: str, dtype: torch
 
 @every_method
 def test_only_the_input_decides(name: str) -> None:
-    # Not the default dtype, not the global random state, not gradients; and nothing of that is changed.
+    # Not the default dtype, autocast, the global random state or gradients; and nothing of that is changed.
     grid, method = (8, 4, 4), list_methods()[name](retention_ratio=0.2)
     tokens = scene("random", grid)
     want = method.decide(tokens, PROJECTOR)
@@ -174,6 +174,10 @@ def test_only_the_input_decides(name: str) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert same(got, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = method.decide(tokens, PROJECTOR)
+        out = got.apply(tokens.features)
+    assert same(got, want) and torch.equal(out, want.apply(tokens.features))
     assert torch.equal(torch.get_rng_state(), state)
     with_grad = replace(tokens, features=tokens.features.clone().requires_grad_())
     got = method.decide(with_grad, PROJECTOR)
@@ -259,7 +263,7 @@ class Rounded(First):
         (Rounded, 0.1, (32, 14, 14), 640),  # 32 * round(19.6)
         (Rounded, 0.25, (3, 1, 10), 6),  # round(2.5) = 2, half to even
         (Rounded, 0.35, (3, 1, 10), 12),  # round(3.5) = 4
-        (Rounded, 0.01, (7, 9, 9), 7),
+        (Rounded, 0.001, (7, 9, 9), 7),  # round(0.081) = 0, but one a frame at least
         (Rounded, 0.999, (3, 2, 2), 12),
     ],
 )
@@ -617,7 +621,7 @@ def test_entropy_is_computed_only_where_it_counts(monkeypatch: pytest.MonkeyPatc
     def refuse(tokens: Tensor) -> Tensor:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(infomerge, "spectral_entropy", refuse)
+    monkeypatch.setattr(ops, "spectral_entropy", refuse)
     tokens = scene("random", (8, 3, 3))
     InfoMerge(retention_ratio=0.3, richness_weight=0.0).decide(tokens, PROJECTOR)
     with pytest.raises(AssertionError, match="computed"):

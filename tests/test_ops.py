@@ -34,6 +34,12 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def at(*degrees: float) -> Tensor:
+    """Unit vectors in the plane."""
+    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
 # -- the checker itself ------------------------------------------------------------------------------------------------
 def test_checker_excuses_a_near_tie_only() -> None:
     scores = torch.tensor([3.0, 2.0, 2.0 * (1 - 5e-6), 1.0], dtype=torch.float64)
@@ -331,6 +337,39 @@ def test_fingerprint_does_not_see_length() -> None:
     torch.testing.assert_close(fast(tokens * rand(5, 30, 1).add(0.1)), fast(tokens), atol=2e-7, rtol=0)
 
 
+# -- adjacent_difference -----------------------------------------------------------------------------------------------
+def test_adjacent_difference_by_hand() -> None:
+    # Position 0 turns by 60 degrees in each of five steps: 1 - cos 60 = 1/2. Position 1 turns by 90 degrees between
+    # frames 3 and 4 only, which is between two windows of four; position 2 between frames 1 and 2, one of the four
+    # steps that count (0-1, 1-2, 2-3, 4-5): 1/4.
+    turning, late, early = at(*range(0, 360, 60)), at(0, 0, 0, 0, 90, 90), at(0, 0, 90, 90, 90, 90)
+    got = ops.adjacent_difference(torch.stack([turning, late, early], 1))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.tensor([0.5, 0, 0.25]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.adjacent_difference(late[:, None], 6), torch.tensor([0.2]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adjacent_difference_of_what_never_changes_is_exactly_zero(dtype: torch.dtype) -> None:
+    assert ops.adjacent_difference(randn(1, 40, 33).to(dtype).expand(6, -1, -1)).eq(0).all()
+
+
+# -- standardise -------------------------------------------------------------------------------------------------------
+def test_standardise_by_hand() -> None:
+    # Mean 3, population variance (4 + 0 + 4) / 3.
+    got = ops.standardise(torch.tensor([1.0, 3, 5], dtype=torch.float64))
+    assert got.dtype == torch.float64 and got.tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
+    assert ops.standardise(torch.tensor([2.0, 7.0])).tolist() == pytest.approx([-1, 1])
+
+
+def test_standardise_finds_nothing_in_rounding_noise() -> None:
+    noise = torch.tensor([1.0, 1 + 1e-7, 1 - 1e-7], dtype=torch.float64)
+    for values in (torch.tensor([5.0]), torch.ones(4), torch.zeros(2), noise):
+        assert ops.standardise(values).eq(0).all()
+    assert ops.standardise(noise, 1e-9).ne(0).any()
+    assert ops.standardise(torch.tensor([0.0, 1e-30]), 0).isfinite().all()
+
+
 # -- spectral_entropy --------------------------------------------------------------------------------------------------
 ENTROPIES = {
     "tall": lambda: randn(98, 24),
@@ -444,6 +483,7 @@ PEAKS = {
     "one token": lambda: (randn(2, 1, 8), torch.ones(2, 1, dtype=torch.bool), 4),
     "all equal": lambda: (randn(1, 1, 8).expand(2, 12, 8), some(2, 12), 4),
     "all zero": lambda: (torch.zeros(2, 12, 8), some(2, 12), 4),
+    "all equal, large": lambda: (randn(1, 1, 8).expand(2, 12, 8) * 1e3 + 1e4, some(2, 12), 4),
     "duplicates": lambda: (duplicated(), some(3, 30), 4),
     "x 0.001": lambda: (randn(3, 29, 24) * 1e-3, some(3, 29), 4),
     "x 10": lambda: (randn(3, 29, 24) * 10, some(3, 29), 4),
@@ -955,12 +995,6 @@ def test_anchor_budgets_by_hand(
 
 
 # -- segment_frames ----------------------------------------------------------------------------------------------------
-def at(*degrees: float) -> Tensor:
-    """Unit vectors in the plane."""
-    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
-    return torch.stack([angle.cos(), angle.sin()], 1)
-
-
 @pytest.mark.parametrize(
     ("degrees", "c", "tau", "want"),
     [

@@ -173,10 +173,17 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
     return {
         name: (
             sorted(vars(module)),
-            {kind: [getattr(hook, "__qualname__", hook) for hook in getattr(module, kind).values()] for kind in kinds},
+            {kind: [_name(hook) for hook in getattr(module, kind).values()] for kind in kinds},
         )
         for name, module in model.named_modules()
     }
+
+
+def _name(hook: Any) -> Any:
+    """What a hook is, whichever object it is bound to."""
+    if isinstance(hook, functools.partial):
+        return _name(hook.func), hook.args, sorted(hook.keywords)
+    return getattr(hook, "__qualname__", hook)
 
 
 def generate(model: Any, inputs: Mapping[str, Any], steps: int = 8, **kwargs: Any) -> Any:

@@ -85,7 +85,14 @@ def read_yaml(path: Any) -> Any:
 
 
 def preset_for(presets: Mapping[float, Mapping[str, Any]], retention_ratio: float) -> dict[str, Any]:
-    """The preset row whose ratio is nearest to `retention_ratio`; the smaller one when two are equally near."""
+    """The preset row whose ratio is nearest to `retention_ratio`; the smaller one when two are equally near.
+
+    Raises ValueError if `presets` is no mapping from ratios to settings.
+    """
+    rows = presets.items() if isinstance(presets, Mapping) else [(None, presets)]
+    for ratio, row in rows:
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not isinstance(row, Mapping):
+            raise ValueError(f"presets must map ratios to settings, as 0.1: {{key: value}}; got {ratio}: {row!r}")
     if not presets:
         return {}
     return dict(presets[min(presets, key=lambda r: (round(abs(r - retention_ratio), 12), r))])
@@ -107,7 +114,9 @@ def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Meth
     if presets:
         ratio: Any = user.get("retention_ratio", defaults.get("retention_ratio"))
         cls(retention_ratio=ratio)  # a bad ratio is refused before it picks a row
-        defaults |= preset_for(presets, ratio)
+        row = preset_for(presets, ratio)
+        _refuse_unknown(cls, row)
+        defaults |= row
     return cls(**(defaults | user))
 
 

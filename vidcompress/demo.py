@@ -131,7 +131,7 @@ def run_demo(console: Console, folder: Path | None, retention_ratio: float) -> N
 
 
 def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
-    from transformers import AutoProcessor, pipeline
+    from transformers import AutoProcessor
 
     import vidcompress
     from vidcompress.commands import results_table
@@ -170,6 +170,14 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
     console.print(results_table(results))
     shots = ", ".join(f"{start}-{end - 1}" for start, end in step.reduction.notes["segments"])
     console.print(f"infomerge saw these segments of frames: {shots}")
+
+    _tour_of_the_pipeline(console, checkpoint, compression, video)
+
+
+def _tour_of_the_pipeline(console: Console, checkpoint: Path, compression: dict[str, Any], video: Any) -> None:
+    from transformers import pipeline
+
+    import vidcompress
 
     vidcompress.enable()
     try:

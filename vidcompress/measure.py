@@ -48,6 +48,7 @@ class Result:
     dtype: str
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
         return asdict(self)
 
 

@@ -81,9 +81,11 @@ class Method:
         """`reduce`, with the promises kept: a budget that covers all tokens changes nothing, and the count is exact."""
         import torch
 
+        from vidcompress.precision import full_precision
+
         if site == Site.projector() and self.budget(tokens.grid) >= len(tokens):
             return Reduction.identity(len(tokens), tokens.features.device)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(tokens.features.device):
             reduction = self.reduce(tokens, site).check()
         budget = self.budget(tokens.grid)
         if site == Site.projector() and (len(reduction) > budget or (self.exact and len(reduction) != budget)):
@@ -125,14 +127,17 @@ class Pipeline:
 
     @property
     def name(self) -> str:
+        """The methods' names, joined."""
         return "+".join(m.name for m in self.methods)
 
     @property
     def needs(self) -> frozenset[str]:
+        """Every signal some method needs."""
         return frozenset().union(*(m.needs for m in self.methods))
 
     @property
     def positions(self) -> str:
+        """The policy all methods agree on."""
         return self.methods[0].positions
 
 
@@ -184,7 +189,8 @@ def _checked(method: str, name: str, hint: Any, value: Any, meta: typing.Mapping
         raise TypeError(f"{where} must be of type {hint.__name__}, got {value!r}{remedy}")
     if hint in (int, float) and isinstance(value, (int, float)):
         low, high = meta.get("low"), meta.get("high")
-        if value != value or abs(value) == math.inf or (low is not None and value < low) or (high is not None and value > high):
+        finite = isinstance(value, int) or math.isfinite(value)
+        if not finite or (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
             bounds = "finite" if low is None and high is None else bounds
             raise ValueError(f"{where} must be {bounds}, got {value!r}")

@@ -146,9 +146,11 @@ class Reduction:
         if self.slot is None:
             return features[self.keep]
         from vidcompress.ops import merge
+        from vidcompress.precision import full_precision
 
         assert self.source is not None and self.weight is not None
-        return merge(features, self.keep, self.slot, self.source, self.weight)
+        with full_precision(features.device):
+            return merge(features, self.keep, self.slot, self.source, self.weight)
 
     def then(self, later: Reduction) -> Reduction:
         """This reduction followed by `later` (a map of this one's K survivors), as one map of the N sources."""

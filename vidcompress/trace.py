@@ -69,6 +69,7 @@ class Prompt:
         return sum(s.after for s in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
         names = ("before", "after", "length_before", "length_after", "seconds", "signal_seconds")
         return {k: getattr(self, k) for k in names} | {"steps": [s.to_dict() for s in self.steps]}
 
@@ -99,6 +100,7 @@ class Trace:
         return self.prompts[-1] if self.prompts else None
 
     def clear(self) -> None:
+        """Forgets all prompts."""
         self.prompts.clear()
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,4 +115,5 @@ class Trace:
         if not self.enabled:
             return "Trace(off)"
         kept = ", ".join(f"{p.before} -> {p.after}" for p in self.prompts)
-        return f"Trace({len(self.prompts)} prompts: {kept})" if kept else "Trace(no video seen yet)"
+        noun = "prompt" if len(self.prompts) == 1 else "prompts"
+        return f"Trace({len(self.prompts)} {noun}: {kept})" if kept else "Trace(no video seen yet)"

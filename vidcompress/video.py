@@ -190,11 +190,7 @@ def prepare_inputs(
         if not isinstance(clip, Video):
             raise TypeError(f"videos holds a {type(clip).__name__} where a Video is expected; see load_video")
 
-    opening = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-    conversations = []
-    for text, row, shown in zip([prompt] if isinstance(prompt, str) else prompt, clips, pictures):
-        media = [{"type": "video"} for _ in row] + [{"type": "image"} for _ in shown]
-        conversations.append([*opening, {"role": "user", "content": [*media, {"type": "text", "text": text}]}])
+    conversations = _conversations([prompt] if isinstance(prompt, str) else prompt, clips, pictures, system)
     texts = processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
     _check_placeholders(texts, clips, getattr(processor, "video_token", None), "videos")
     _check_placeholders(texts, pictures, getattr(processor, "image_token", None), "images")
@@ -206,16 +202,33 @@ def prepare_inputs(
         media_inputs["do_sample_frames"] = False
     if any(pictures):
         media_inputs["images"] = pictures
+    return _processed(processor, texts, return_tensors, media_inputs)
+
+
+def _processed(processor: Any, texts: list[str], return_tensors: str | None, media: dict[str, Any]) -> BatchFeature:
+    """What the processor makes of it, padded on the left."""
     try:
-        return processor(text=texts, padding=True, padding_side="left", return_tensors=return_tensors, **media_inputs)
+        return processor(text=texts, padding=True, padding_side="left", return_tensors=return_tensors, **media)
     except ValueError as error:
-        lengths = sorted({len(frames) for frames in media_inputs.get("videos", [])})
+        lengths = sorted({len(frames) for frames in media.get("videos", [])})
         if len(lengths) < 2:
             raise
         raise ValueError(
             f"{type(processor).__name__} refuses videos of {lengths} frames together; LLaVA-OneVision, for one, stacks "
             f"them, so load all with the same num_frames. Its own words: {error}"
         ) from error
+
+
+def _conversations(
+    prompts: list[str], clips: list[list[Video]], pictures: list[list[Any]], system: str | None
+) -> list[list[dict[str, Any]]]:
+    """The chat of each prompt: in the user's turn videos, then images, then the text."""
+    opening = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    conversations = []
+    for text, row, shown in zip(prompts, clips, pictures):
+        media = [{"type": "video"} for _ in row] + [{"type": "image"} for _ in shown]
+        conversations.append([*opening, {"role": "user", "content": [*media, {"type": "text", "text": text}]}])
+    return conversations
 
 
 def _rows(items: Any, prompt: str | list[str], name: str) -> list[list[Any]]:

@@ -25,14 +25,17 @@ class CacheState:
         logical: tokens of the caller's sequence that the prefix stands for.
         mask: [B, physical] bool, True where the prefix holds a real token.
         shift: [B] by how much renumbering moved the positions that follow, or None.
+        served: whether a forward of the engine's is running, which alone knows what the prefix holds.
     """
 
     logical: int
     mask: Tensor
     shift: Tensor | None = None
+    served: bool = False
 
     @property
     def removed(self) -> int:
+        """Tokens that the caller counts and the cache does not store."""
         return self.logical - self.mask.shape[1]
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> None:
@@ -49,6 +52,7 @@ class LogicalLength:
     layers: list[Any]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The caller's length."""
         stored = super().get_seq_length(layer_idx)  # type: ignore[misc]
         state = self.vidcompress_state
         if state is None or not self.layers or not self.layers[0].is_initialized:
@@ -56,7 +60,18 @@ class LogicalLength:
         return stored + state.removed
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The stored length."""
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As in transformers; RuntimeError outside a compressed model, which would misread the prefix."""
+        state = self.vidcompress_state
+        if state is not None and not state.served:
+            raise RuntimeError(
+                "this cache holds a compressed prompt, and the model it is used with does not compress (was the handle "
+                "removed?); apply the compression again, or start with a new cache"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """As in transformers (a negative count, or a positive final length in the caller's terms).

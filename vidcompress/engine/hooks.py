@@ -142,9 +142,9 @@ class Engine:
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
-        recording: AbstractContextManager[dict[str, Any]] = (
-            nullcontext({}) if self.signals is None else self.signals.recording()
-        )
+        recording: AbstractContextManager[dict[str, Any]] = nullcontext({})
+        if self.signals is not None:
+            recording = self.signals.recording(self.patch.signal_layer(self.model, given), self.trace.enabled)
         with recording as signals:
             output = override.original(*args, **kwargs)
         seconds = signals.pop("seconds", 0.0)
@@ -207,6 +207,8 @@ class Engine:
         if pending is None and state is None:
             return None
         refuse_mask(kwargs.get("attention_mask"))
+        if state is not None:
+            state.served = True
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = sequence.read(kwargs, past, state, self.patch.rotary_axes)
         length = tokens.length
@@ -256,6 +258,9 @@ class Engine:
 
     def _decoder_after(self, decoder: nn.Module, args: Any, output: Any) -> Any:
         running, self.local.running = self.local.running, None
+        before = None if running is None else state_of(running.cache)
+        if before is not None:
+            before.served = False
         if running is None or output is None or running.state is None:
             return output
         if not running.placed:
@@ -281,7 +286,8 @@ class Engine:
         videos = pending.encoding.videos
         where = pending.where.to(tokens.mask.device)
         copies = self._copies(int(where.sum()), videos)
-        plan = Plan(Prompt(length_before=tokens.length, signal_seconds=pending.encoding.seconds), time.perf_counter())
+        started = time.perf_counter() if self.trace.enabled else 0.0
+        plan = Plan(Prompt(length_before=tokens.length, signal_seconds=pending.encoding.seconds), started)
         decided: dict[int, tuple[Reduction, Tensor | None]] = {}
         first = following = 0
         for row in range(where.shape[0]):
@@ -341,9 +347,10 @@ class Engine:
             # Without a pooling head: the mean of the frame's tokens, FastVID's rule for towers that have none.
             signals["frame_features"] = features.detach().unflatten(0, (video.grid[0], -1)).float().mean(1)
         _refuse_nonfinite({"projector output": features, **signals}, f"video {number} (row {row})")
+        start = 0.0
         if self.trace.enabled:
             synchronise(features.device)
-        start = time.perf_counter()
+            start = time.perf_counter()
         reduction = method.decide(VideoTokens(features.detach(), video.grid, None, signals), Site.projector())
         if self.trace.enabled:
             synchronise(features.device)

@@ -34,9 +34,11 @@ class Override:
         return inspect.signature(self.covered or getattr(type(self.owner), self.method).__get__(self.owner))
 
     def install(self) -> None:
+        """Puts this in front of the method."""
         self.owner.__dict__[self.method] = self
 
     def remove(self) -> None:
+        """Uncovers what was there before."""
         if self.owner.__dict__.get(self.method) is self:
             del self.owner.__dict__[self.method]
             if self.covered is not None:
@@ -61,14 +63,11 @@ class Generate(Override):
     method = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if kwargs.get("pixel_values_videos") is not None:
             refuse_mask(kwargs.get("attention_mask"))
-            configs = (kwargs.get("generation_config"), getattr(self.owner, "generation_config", None))
-            chunk = kwargs.get("prefill_chunk_size")
-            for config in configs if chunk is None else ():
-                if config is not None:
-                    chunk = getattr(config, "prefill_chunk_size", None)
-                    break
+            in_force = self.owner.generation_config if config is None else config
+            chunk = kwargs.get("prefill_chunk_size", getattr(in_force, "prefill_chunk_size", None))
             if chunk is not None:
                 raise ValueError(
                     f"prefill_chunk_size={chunk} with a video: a chunk may hold part of a video, and a video is "
@@ -77,7 +76,7 @@ class Generate(Override):
         local = self.engine.local
         local.generating, local.encoding = True, None
         # transformers gives a draft model in assisted decoding the prompt without its video
-        local.drafting = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+        local.drafting = bool(getattr(config, "is_assistant", False))
         try:
             return self.original(*args, **kwargs)
         finally:

@@ -7,6 +7,7 @@ FlashAttention and no N x N matrix of all heads exists.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,85 +19,78 @@ from torch import Tensor, nn
 from vidcompress.engine.context import ThreadState
 from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.ops import column_mean_attention
+from vidcompress.precision import full_precision
 
 
 class TowerSignals:
-    """Hooks on the last used layer of a tower. They do nothing outside `recording`, so images pass untouched.
+    """Hooks on the layers of a tower. They do nothing outside `recording`, so images pass untouched.
 
     Args:
-        layer: encoder layer with `self_attn.q_proj`, `.k_proj`, `.num_heads` and `.scale`.
+        layers: encoder layers with `self_attn.q_proj`, `.k_proj`, `.num_heads` and `.scale`.
         needs: which of `frame_features`, `saliency.head`, `saliency.received` to take.
         head: the pooling head; without it `saliency.head` is `received` and there are no frame features.
         pool: [F, patches] -> [F, P], as the features are pooled.
     """
 
     def __init__(
-        self, layer: Any, needs: frozenset[str], head: SiglipHead | None, pool: Callable[[Tensor], Tensor]
+        self, layers: Any, needs: frozenset[str], head: SiglipHead | None, pool: Callable[[Tensor], Tensor]
     ) -> None:
-        self.layer, self.head, self.pool = layer, head, pool
-        self.needs = needs
-        self.uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
+        self.layers, self.needs, self.head, self.pool = layers, needs, head, pool
+        uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
         self.uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
         self._local = ThreadState()
         self._hooks = []
-        if self.uses_received:
-            self._hooks.append(layer.self_attn.q_proj.register_forward_hook(self._saw_query))
-            self._hooks.append(layer.self_attn.k_proj.register_forward_hook(self._saw_key))
-        if self.uses_head:
-            self._hooks.append(layer.register_forward_hook(self._saw_output))
+        for i, layer in enumerate(layers):
+            watched = {"output": layer} if uses_head else {}
+            if self.uses_received:
+                watched |= {"query": layer.self_attn.q_proj, "key": layer.self_attn.k_proj}
+            for name, module in watched.items():
+                self._hooks.append(module.register_forward_hook(functools.partial(self._saw, i, name)))
 
     def remove(self) -> None:
+        """Takes the hooks off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, Any]]:
-        """While the body runs the tower, catch what is needed; the yielded dict is filled when it ends.
+    def recording(self, layer: int, timed: bool) -> Iterator[dict[str, Any]]:
+        """While the body runs the tower, catch what is needed of layer `layer`; the yielded dict is filled at its end.
 
-        Besides the signals [F, ...] it then holds `seconds`, the time they took.
+        Besides the signals [F, ...] it then holds `seconds`, the time they took, if `timed`.
         """
         found: dict[str, Any] = {}
-        self._local.caught = {}
+        self._local.layer, self._local.caught = layer, {}
         try:
             yield found
-            start = time.perf_counter()
-            found |= self._compute(self._local.caught)
-            for value in found.values():
-                synchronise(value.device)
-                break
-            found["seconds"] = time.perf_counter() - start
+            start = time.perf_counter() if timed else 0.0
+            found |= self._compute(self.layers[layer], self._local.caught)
+            if timed:
+                for device in {value.device for value in found.values()}:
+                    synchronise(device)
+                found["seconds"] = time.perf_counter() - start
         finally:
-            self._local.caught = None
+            self._local.layer = self._local.caught = None
 
     @torch.no_grad()
-    def _compute(self, caught: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _compute(self, layer: Any, caught: dict[str, Tensor]) -> dict[str, Tensor]:
         signals = {}
         if self.uses_received:
-            attention = self.layer.self_attn
+            attention = layer.self_attn
             query, key = (caught[k].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for k in ("query", "key"))
-            received = self.pool(column_mean_attention(query, key, attention.scale))
-            signals["saliency.received"] = received
-        if self.uses_head:
+            with full_precision(query.device):
+                received = self.pool(column_mean_attention(query, key, attention.scale))
+            signals = {"saliency.received": received, "saliency.head": received}
+        if "output" in caught:
             assert self.head is not None
-            features, attention = self.head(caught["output"])
-            signals |= {"frame_features": features, "saliency.head": self.pool(attention)}
-        elif "saliency.head" in self.needs:
-            signals["saliency.head"] = received
+            features, probe = self.head(caught["output"])
+            with full_precision(probe.device):
+                signals |= {"frame_features": features, "saliency.head": self.pool(probe)}
         return {name: value for name, value in signals.items() if name in self.needs}
 
-    def _catch(self, name: str, value: Any) -> None:
-        if self._local.caught is not None:
-            self._local.caught[name] = (value[0] if isinstance(value, tuple) else value).detach()
-
-    def _saw_query(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._catch("query", output)
-
-    def _saw_key(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._catch("key", output)
-
-    def _saw_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._catch("output", output)
+    def _saw(self, layer: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._local.layer == layer:
+            self._local.caught[name] = (output[0] if isinstance(output, tuple) else output).detach()
 
 
 def synchronise(device: torch.device) -> None:

@@ -32,6 +32,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
+        """L, padding included."""
         return self.embeds.shape[1]
 
     @property

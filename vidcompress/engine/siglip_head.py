@@ -19,7 +19,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -27,6 +27,8 @@ from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
+
+from vidcompress.precision import full_precision
 
 if TYPE_CHECKING:
     from transformers import SiglipVisionConfig
@@ -95,7 +97,7 @@ class SiglipHead:
         features = torch.empty(frames, width, dtype=torch.float32, device=hidden.device)
         attention = torch.empty(frames, patches, dtype=torch.float32, device=hidden.device)
         post_layernorm, head = self._on(hidden.device)
-        with _full_precision(hidden.device):
+        with full_precision(hidden.device):
             for at in range(0, frames, FRAMES_PER_CHUNK):
                 chunk = slice(at, at + FRAMES_PER_CHUNK)
                 z = post_layernorm(hidden[chunk].float())  # [f, N, C]
@@ -187,13 +189,6 @@ def load_siglip_head(
         raise FileNotFoundError(f"no SigLIP checkpoint at {os.fspath(source)!r}; accepted: {ACCEPTED}")
     modules.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return SiglipHead(post_layernorm, head)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch a surrounding autocast off; some device types have none."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _empty_modules(config: SiglipVisionConfig) -> tuple[nn.LayerNorm, SiglipMultiheadAttentionPoolingHead]:

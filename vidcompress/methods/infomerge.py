@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vidcompress import ops
 from vidcompress.method import Method, floor, setting
-from vidcompress.ops import (
-    anchor_budgets,
-    anchor_merge,
-    cosine_fingerprint,
-    density_peaks,
-    segment_frames,
-    spectral_entropy,
-    top_tokens,
-)
 from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Segments = list[tuple[int, int]]
@@ -48,9 +40,7 @@ class InfoMerge(Method):
     global_mean: Literal["segment", "token"] = setting("segment", "the video's mean: of segment means, or of tokens")
     penalty: Literal["exp", "subtract", "divide"] = setting("exp", "a * exp(-lambda), a - lambda or a / (1 + lambda)")
     tfd: bool = setting(True, "find static positions at all (Table 4's ablation)")
-    fingerprint: Literal["second_order", "first_order"] = setting(
-        "second_order", "TFD, or adjacent differences in windows of 4 frames (Table 5's ablation)"
-    )
+    fingerprint: Literal["second_order", "first_order"] = setting("second_order", "TFD, or Table 5's adjacent change")
     eps: float = setting(1e-6, "a score whose standard deviation is below this counts as constant", low=0)
     density_ties: Literal["index", "strict"] = setting("index", "which of two equally dense tokens counts as denser")
     siglip_head: str | None = setting("auto", "SigLIP checkpoint of the pooling head: folder, file, hub id, auto, none")
@@ -59,19 +49,16 @@ class InfoMerge(Method):
         t, h, w = tokens.grid
         x, p = tokens.frames, h * w  # [T, P, C]
         # 1. Segments (eq. 22-23).
-        segments = segment_frames(tokens.signal("frame_features"), self.dyseg_c, self.dyseg_tau)
+        segments = ops.segment_frames(tokens.signal("frame_features"), self.dyseg_c, self.dyseg_tau)
         # 2. Static positions of every segment: the smallest fingerprint differences (eq. 1-2).
         static = self._static_positions(x, segments)  # [K, P]
         # 3. Content-aware budgets (eq. 3-9, 18-21, 24-28).
-        weights = self._segment_weights(x, segments)  # [K]
-        budget = self.budget(tokens.grid)
+        weights, budget = self._segment_weights(x, segments), self.budget(tokens.grid)
         salient = floor((1 - self.context_share) * budget / t)
-        salient_count, anchor_count = anchor_budgets(
-            segments, p, budget, salient, weights.tolist(), self.anchor_interval
-        )
+        picks, anchors = ops.anchor_budgets(segments, p, budget, salient, weights.tolist(), self.anchor_interval)
         # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10-11, 29-30).
         attention = tokens.signal("saliency.head").view(t, p).double()
-        picked, replaced = self._select_salient(attention, segments, static, torch.tensor(salient_count))  # [T, P]
+        picked, replaced = self._select_salient(attention, segments, static, torch.tensor(picks))  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
         index = torch.arange(t * p, device=x.device).view(t, p)
         anchor = torch.zeros_like(picked)
@@ -79,30 +66,26 @@ class InfoMerge(Method):
         for k, (start, end) in enumerate(segments):
             seen = x[start:end].float()
             seen = torch.where(replaced[start:end, :, None], seen.mean(0), seen)  # [L, P, C]
-            own = [f - start for f in range(start, end) if anchor_count[f]]
-            score = density_peaks(seen[own], ~picked[start:end][own], self.neighbours, self.density_ties)
-            anchor[start:end] = self._select_anchors(score, own, anchor_count[start:end], static[k], end - start)
-            members = ~picked[start:end]
+            own = [f - start for f in range(start, end) if anchors[f]]
+            free = ~picked[start:end]
+            score = ops.density_peaks(seen[own], free[own], self.neighbours, self.density_ties)
+            chosen = anchor[start:end] = _select_anchors(score, own, anchors[start:end], static[k])
             local = index[: end - start]
-            centre, source, weight = anchor_merge(
-                seen.flatten(0, 1), local[members], [local[f][anchor[start + f]] for f in own], self.beta_merge
-            )
-            parts.append((centre + start * p, source + start * p, weight))
+            centres = [local[f][chosen[f]] for f in own]
+            merged = ops.anchor_merge(seen.flatten(0, 1), local[free], centres, self.beta_merge)
+            parts.append((merged[0] + start * p, merged[1] + start * p, merged[2]))
         # 6. Everything that was kept, in temporal order.
-        keep = index[picked | anchor]
-        merged = Reduction.merging(keep, t * p, parts)
-        notes = {"segments": segments, "weights": weights, "salient": salient_count, "anchors": anchor_count}
-        return replace(self._replacement(replaced, segments, index).then(merged), notes=notes)
+        kept = Reduction.merging(index[picked | anchor], t * p, parts)
+        notes = {"segments": segments, "weights": weights, "salient": picks, "anchors": anchors}
+        return replace(_segment_means(replaced, segments, index).then(kept), notes=notes)
 
     def _static_positions(self, x: Tensor, segments: Segments) -> Tensor:
         """[K, P] bool; none in a segment of one frame, where nothing can repeat."""
         static = torch.zeros(len(segments), x.shape[1], dtype=torch.bool, device=x.device)
-        count = floor(self.static_ratio * x.shape[1])
+        change = ops.cosine_fingerprint if self.fingerprint == "second_order" else ops.adjacent_difference
         for k, (start, end) in enumerate(segments):
             if self.tfd and end - start > 1:
-                frames = x[start:end]
-                change = cosine_fingerprint(frames) if self.fingerprint == "second_order" else _adjacent(frames)
-                static[k] = top_tokens(-change[None], count)[0]
+                static[k] = ops.top_tokens(-change(x[start:end])[None], floor(self.static_ratio * x.shape[1]))[0]
         return static
 
     def _segment_weights(self, x: Tensor, segments: Segments) -> Tensor:
@@ -112,28 +95,22 @@ class InfoMerge(Method):
         mean = mean / (length * x.shape[1])[:, None]  # [K, C]
         share = length / length.sum() if self.global_mean == "token" else torch.full_like(length, 1 / len(segments))
         unique = 1 - cosine_similarity(mean, share @ mean, dim=-1, eps=1e-30)
-        score = self.uniqueness_weight * self._standardise(unique)
+        score = self.uniqueness_weight * ops.standardise(unique, self.eps)
         if self.richness_weight:
-            rich = torch.stack([spectral_entropy(x[start:end].flatten(0, 1)) for start, end in segments])
-            score = score + self.richness_weight * self._standardise(rich)
+            rich = torch.stack([ops.spectral_entropy(x[start:end].flatten(0, 1)) for start, end in segments])
+            score = score + self.richness_weight * ops.standardise(rich, self.eps)
         return length * torch.sigmoid(self.temperature * score)
-
-    def _standardise(self, value: Tensor) -> Tensor:
-        """z-score over segments, population standard deviation; 0 if there is nothing to tell apart."""
-        std = value.std(correction=0)
-        return torch.where(std < self.eps, 0.0, (value - value.mean()) / std.clamp_min(1e-30))
 
     def _select_salient(
         self, attention: Tensor, segments: Segments, static: Tensor, count: Tensor
     ) -> tuple[Tensor, Tensor]:
         """([T, P] picked, [T, P] replaced by the segment's mean): in time order, all segments side by side."""
         picked = torch.zeros_like(attention, dtype=torch.bool)
-        replaced = torch.zeros_like(picked)
-        history = torch.zeros_like(static)  # [K, P]
+        replaced, history = torch.zeros_like(picked), torch.zeros_like(static)
         for step in range(max(end - start for start, end in segments)):
             alive = [k for k, (start, end) in enumerate(segments) if start + step < end]
             frame = [segments[k][0] + step for k in alive]
-            now = top_tokens(self._penalised(attention[frame], history[alive]), count[frame])
+            now = ops.top_tokens(self._penalised(attention[frame], history[alive]), count[frame])
             history[alive] |= now & static[alive]
             picked[frame], replaced[frame] = now, history[alive]
         return picked, replaced
@@ -145,32 +122,24 @@ class InfoMerge(Method):
             return attention - self.penalty_strength * again
         return attention / (1 + self.penalty_strength * again)
 
-    def _select_anchors(self, score: Tensor, frames: list[int], counts: list[int], static: Tensor, n: int) -> Tensor:
-        """[L, P] bool. A static position that was an anchor before comes after all others, in score order."""
-        chosen = torch.zeros(n, score.shape[1], dtype=torch.bool, device=score.device)
-        used = torch.zeros_like(static)
-        for row, f in zip(score, frames, strict=True):
-            order = row.argsort(descending=True, stable=True)
-            order = order[(used & static)[order].to(torch.uint8).argsort(stable=True)]
-            candidates = order[row[order] > -torch.inf]
-            chosen[f, candidates[: counts[f]]] = True
-            used |= chosen[f]
-        return chosen
 
-    def _replacement(self, replaced: Tensor, segments: Segments, index: Tensor) -> Reduction:
-        """The map that puts its segment's mean in place of every replaced token."""
-        slot, source, weight = [], [], []
-        for start, end in segments:
-            f, position = replaced[start:end].nonzero(as_tuple=True)
-            over = index[start:end, position].T  # [replaced, L]
-            slot.append(index[start:end][f, position].repeat_interleave(end - start))
-            source.append(over.flatten())
-            weight.append(torch.full_like(over, 1 / (end - start), dtype=torch.float32).flatten())
-        return Reduction(index.flatten(), index.numel(), torch.cat(slot), torch.cat(source), torch.cat(weight))
+def _select_anchors(score: Tensor, frames: list[int], counts: list[int], static: Tensor) -> Tensor:
+    """[L, P] bool. A static position that was an anchor before comes after all others, in score order."""
+    p = score.shape[1]
+    chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 2 * p * score.isneginf()
+    for place, f in zip(rank, frames, strict=True):
+        used = chosen[:f].any(0) & static
+        chosen[f] = ops.top_tokens(-(place + p * used)[None], counts[f])[0]
+    return chosen
 
 
-def _adjacent(frames: Tensor, window: int = 4) -> Tensor:
-    """[P] mean of 1 - cos between neighbouring frames at the same position, inside windows of `window` frames."""
-    pairs = [i for i in range(frames.shape[0] - 1) if (i + 1) % window]
-    after = [i + 1 for i in pairs]
-    return 1 - cosine_similarity(frames[after].float(), frames[pairs].float(), dim=-1, eps=1e-30).mean(0)
+def _segment_means(replaced: Tensor, segments: Segments, index: Tensor) -> Reduction:
+    """The map that puts its segment's mean in place of every replaced token."""
+    parts = []
+    for start, end in segments:
+        f, position = replaced[start:end].nonzero(as_tuple=True)
+        over = index[start:end, position].T  # [replaced, L]
+        weight = torch.full(over.shape, 1 / (end - start), dtype=torch.float32, device=index.device)
+        parts.append((index[start:end][f, position].repeat_interleave(end - start), over.flatten(), weight.flatten()))
+    return Reduction.merging(index.flatten(), index.numel(), parts)

@@ -12,7 +12,7 @@ from vidcompress.tokens import Reduction, Site, VideoTokens
 
 @dataclass(kw_only=True)
 class Random(Method):
-    seed: int = setting(0, "of the draw; made on the CPU, so that every device keeps the same tokens", low=0, high=2**63 - 1)
+    seed: int = setting(0, "of the draw, made on the CPU: every device keeps the same tokens", low=0, high=2**63 - 1)
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         draw = torch.Generator().manual_seed(self.seed)

@@ -2,6 +2,7 @@
 as exact. All decisions are taken in fp32 or better, ties go to the lowest index, and two runs give the same bits.
 """
 
+from vidcompress.ops.adjacent_difference import adjacent_difference
 from vidcompress.ops.anchor_budgets import anchor_budgets
 from vidcompress.ops.anchor_merge import anchor_merge
 from vidcompress.ops.apportion import apportion
@@ -11,9 +12,11 @@ from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.merge import merge
 from vidcompress.ops.segment_frames import segment_frames
 from vidcompress.ops.spectral_entropy import spectral_entropy
+from vidcompress.ops.standardise import standardise
 from vidcompress.ops.top_tokens import top_tokens
 
 __all__ = [
+    "adjacent_difference",
     "anchor_budgets",
     "anchor_merge",
     "apportion",
@@ -23,5 +26,6 @@ __all__ = [
     "merge",
     "segment_frames",
     "spectral_entropy",
+    "standardise",
     "top_tokens",
 ]

@@ -1,0 +1,5 @@
+"""z-scores of a few numbers."""
+
+from vidcompress.ops.standardise.naive import standardise
+
+__all__ = ["standardise"]
