@@ -80,7 +80,7 @@ def test_a_compressed_cache_is_refused_by_a_plain_model():
     cache = generate(model, inputs, 3).past_key_values
     step = {"input_ids": torch.tensor([[7]]), "past_key_values": cache}
     handle.remove()
-    with pytest.raises(RuntimeError, match="compressed prompt.*handle removed"):
+    with pytest.raises(RuntimeError, match=r"compressed prompt.*handle removed"):
         model(**step)
     handle = compress(model, METHODS["merge"]())
     assert model(**step).logits.isfinite().all()
