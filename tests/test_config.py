@@ -216,6 +216,11 @@ def test_presets_that_cannot_be_used(presets: str, written: Callable[..., Path])
     assert any(word in str(refusal.value) for word in ("preset", "temprature", "temperature"))
 
 
+def test_a_key_given_twice(written: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"line 3: 'seed' is given twice"):
+        load(written("method: random\nseed: 1\nseed: 2\n"))
+
+
 # -- what is refused: names --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("wrong", "right"),

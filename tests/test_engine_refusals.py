@@ -286,7 +286,7 @@ def test_model_that_keeps_its_parts_elsewhere():
 
 def test_method_that_breaks_its_budget():
     model = llava()
-    handle = compress(model, Greedy())
+    handle = compress(model, Greedy(retention_ratio=0.25))
     with pytest.raises(RuntimeError, match=r"Greedy kept [78] tokens of 24, its budget is 6"):
         generate(model, llava_inputs([ONE]), 2)
     handle.remove()

@@ -15,6 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from neartie import assert_same_argmax, assert_same_choice, gap
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vidcompress import ops
 
@@ -577,6 +579,31 @@ def test_peaks_ignore_what_is_no_candidate() -> None:
     other = torch.where(candidates[..., None], tokens, 5 * randn(*tokens.shape, seed=11))
     for run in (naive, fast):
         torch.testing.assert_close(run(other, candidates, k), run(tokens, candidates, k), atol=1e-5, rtol=0)
+
+
+class Work(TorchDispatchMode):
+    """Counts the elements of all tensors that are made while it is on: what a computation costs, without a clock."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements += sum(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["one colour", "nearly one colour", "all zero"])
+def test_peaks_of_a_flat_picture_cost_like_those_of_any_other(kind: str) -> None:
+    # A black video or a plain background makes every pair of tokens a close one.
+    _, fast = implementations("density_peaks")
+    flat = randn(2, 1, 512).expand(-1, 60, -1) + (0.001 * randn(2, 60, 512) if kind == "nearly one colour" else 0)
+    flat = torch.zeros(2, 60, 512) if kind == "all zero" else flat.contiguous()
+    candidates, cost = torch.ones(2, 60, dtype=torch.bool), []
+    for tokens in (randn(2, 60, 512), flat):
+        with Work() as work:
+            fast(tokens, candidates, 4)
+        cost.append(work.elements)
+    assert cost[1] < 4 * cost[0]
 
 
 # -- anchor_merge ------------------------------------------------------------------------------------------------------

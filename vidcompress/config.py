@@ -73,10 +73,21 @@ def read_yaml(path: Any) -> Any:
     """The content of a YAML file; ValueError unless it is a mapping or a list."""
     import yaml
 
+    class Strict(yaml.SafeLoader):
+        """Refuses a key that is given twice, of which YAML would silently use the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is given twice")
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            return super().construct_mapping(node, deep)
+
     if not path.is_file():
         raise FileNotFoundError(f"no such YAML file: {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Strict)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, (dict, list)):

@@ -32,7 +32,7 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     budget_rule: ClassVar[Literal["exact", "frame_floor", "frame_round"]] = "exact"
 
-    retention_ratio: float = setting(0.25, "fraction of the video tokens that is kept, in (0, 1]", high=1)
+    retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", high=1)
     positions: Literal["keep", "renumber"] = setting(
         "keep", "survivors keep their own RoPE positions, or the shortened sequence is numbered anew"
     )

@@ -21,7 +21,6 @@ class FastVID(Method):
     needs = frozenset({"frame_features", "saliency.head"})
     budget_rule = "frame_floor"
 
-    retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", high=1)
     dyseg_c: int = setting(8, "least number of segments", low=1)
     dyseg_tau: float = setting(0.9, "frames less similar than this are cut apart (cosine)")
     context_share: float = setting(0.4, "d: share of a frame's tokens that are merged context", low=0, high=1)

@@ -25,7 +25,6 @@ Segments = list[tuple[int, int]]
 class InfoMerge(Method):
     needs = frozenset({"frame_features", "saliency.head"})
 
-    retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", high=1)
     dyseg_c: int = setting(8, "c: least number of segments", low=1)
     dyseg_tau: float = setting(0.9, "tau: frames less similar than this are cut apart (cosine)")
     context_share: float = setting(0.4, "d: share of the budget that is merged context (eq. 19)", low=0, high=1)

@@ -8,12 +8,9 @@ from torch import Tensor
 CHUNK_FRAMES = 32
 """Frames whose distance matrices exist at once."""
 
-CHUNK_PAIRS = 4096
-"""Pairs of close tokens whose difference is formed at once."""
-
 CLOSE = 1e-3
-"""Pairs nearer than this, relative to their squared norms, are measured again: there the fast formula keeps too few
-digits for the order of densities."""
+"""Where two tokens are nearer than this, relative to their squared norms, the fast formula keeps too few digits for the
+order of densities, and the frame is measured again in fp64."""
 
 
 def density_peaks(
@@ -61,18 +58,21 @@ def _scores(x: Tensor, candidates: Tensor, neighbours: int, ties: str, noise: Te
 
 def _squared_distances(x: Tensor) -> Tensor:
     """[B, n, n] squared Euclidean distances; bitwise equal tokens are exactly 0 apart."""
-    n = x.shape[1]
-    # Distances do not change when the frame's mean is taken off, and |x|^2 + |y|^2 - 2xy then cancels far less.
-    x = x - x.mean(1, keepdim=True)
-    square = torch.linalg.vecdot(x, x)  # [B, n]
-    distance = torch.baddbmm(square[:, None, :].expand(-1, n, -1), x, x.transpose(1, 2), alpha=-2)
-    distance += square[:, :, None]
-    limit = CLOSE * torch.maximum(square[:, :, None], square[:, None, :])
-    frame, i, j = (distance <= limit).triu(1).nonzero(as_tuple=True)
-    for part in torch.arange(frame.numel(), device=x.device).split(CHUNK_PAIRS):
-        f, a, b = frame[part], i[part], j[part]
-        apart = (x[f, a] - x[f, b]).square().sum(-1)
-        distance[f, a, b] = apart
-        distance[f, b, a] = apart
+    distance, square = _expanded(x)
+    close = distance < CLOSE * square
+    close.diagonal(dim1=1, dim2=2).fill_(False)
+    for frame in close.flatten(1).any(1).nonzero().squeeze(1).tolist():
+        exact, square = _expanded(x[frame, None].double())
+        distance[frame] = exact.masked_fill_(exact < 1e-13 * square, 0)[0]  # 1e-13: the rounding of a zero in fp64
     distance.diagonal(dim1=1, dim2=2).zero_()
     return distance.clamp_min_(0)
+
+
+def _expanded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, n, n] |x|^2 + |y|^2 - 2xy, and the larger of |x|^2 and |y|^2."""
+    # Distances do not change when the frame's mean is taken off, and the sum then cancels far less.
+    x = x - x.mean(1, keepdim=True)
+    square = torch.linalg.vecdot(x, x)  # [B, n]
+    distance = torch.baddbmm(square[:, None, :].expand(-1, x.shape[1], -1), x, x.transpose(1, 2), alpha=-2)
+    distance += square[:, :, None]
+    return distance, torch.maximum(square[:, :, None], square[:, None, :])
