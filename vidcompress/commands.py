@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vidcompress.compat import ensure_torchvision, require
+from vidcompress.tables import backbone_rows, method_rows, result_rows, rich_table
 
 app = typer.Typer(
     help="Training-free compression of video tokens in Hugging Face video-LLMs.",
@@ -23,20 +23,6 @@ app = typer.Typer(
     add_completion=False,
 )
 out, err = Console(), Console(stderr=True)
-
-ROWS = (
-    ("frames", "frames", "d"),
-    ("video tokens", "tokens_after", "d"),
-    ("prompt tokens", "prompt_after", "d"),
-    ("decode video, ms", "decode_ms", ".0f"),
-    ("vision, ms", "vision_ms", ".1f"),
-    ("compression, ms", "compression_ms", ".1f"),
-    ("prefill, ms", "prefill_ms", ".1f"),
-    ("generation, ms", "generation_ms", ".1f"),
-    ("peak memory, MB", "peak_memory_mb", ".0f"),
-    ("answer", "answer", "s"),
-)
-
 
 @app.command()
 def run(
@@ -66,11 +52,21 @@ def run(
     method = load(config or compression or "infomerge", **overrides)
     clip, seconds = _decode(video, num_frames, fps)
     network, processor = _load_model(model, device, dtype, attn)
-    results = _answer(network, processor, clip, prompt, method, compare, max_new_tokens, seconds, save_trace)
+    from vidcompress.api import apply  # these import transformers, for which _load_model prepared torchvision
+    from vidcompress.measure import ask
+
+    question = functools.partial(ask, network, processor, clip, prompt, decode_seconds=seconds)
+    with apply(network, method) as handle, err.status(f"answering with {handle.compression.name}"):
+        results = [_answer(question, max_new_tokens, warm_up=compare)]
+        if save_trace is not None:
+            handle.trace.save(save_trace)
+    if compare:
+        with err.status("answering without compression"):
+            results.append(_answer(question, max_new_tokens, warm_up=True))
     if as_json:
         print(json.dumps({"video": clip.to_dict(), "results": [r.to_dict() for r in results]}, indent=1))
     else:
-        out.print(results_table(results))
+        out.print(rich_table(result_rows(results)))
 
 
 @app.command("list")
@@ -78,13 +74,7 @@ def list_(backbones: Annotated[bool, typer.Option("--backbones", help="Models in
     """The methods, or the models they run on."""
     if backbones:
         ensure_torchvision()
-    from vidcompress.tables import backbone_rows, method_rows
-
-    header, rows = backbone_rows() if backbones else method_rows()
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    out.print(rich_table(backbone_rows() if backbones else method_rows()))
 
 
 @app.command()
@@ -104,10 +94,11 @@ def show(
         raise ValueError(f"--grid must look like 32x14x14, got {grid!r}") from None
     for method in Pipeline.of(chosen):
         paper = shipped(method.name)
-        table = Table("setting", "value", "meaning", title=f"{method.name}: {paper['paper']['title']}")
-        for f in fields(method):
-            table.add_row(f.name, str(getattr(method, f.name)), f.metadata["doc"])
-        out.print(table)
+        rows: list[tuple[str, ...]] = [
+            (f.name, str(getattr(method, f.name)), f.metadata["doc"]) for f in fields(method)
+        ]
+        title = f"{method.name}: {paper['paper']['title']}"
+        out.print(rich_table((("setting", "value", "meaning"), rows), title))
         bound = "" if method.exact else "at most "
         out.print(f"keeps {bound}{method.budget((t, h, w))} of {t * h * w} tokens of a {grid} video")
         needs = ", ".join(sorted(method.needs)) or "nothing"
@@ -127,14 +118,6 @@ def demo(
     from vidcompress.demo import run_demo
 
     run_demo(out, folder, retention_ratio)
-
-
-def results_table(results: list[Any]) -> Table:
-    """One column a result, one row a quantity."""
-    table = Table("", *(r.compression for r in results))
-    for title, name, form in ROWS:
-        table.add_row(title, *(escape(format(getattr(r, name), form)) for r in results))
-    return table
 
 
 def _decode(video: str, num_frames: int | None, fps: float | None) -> tuple[Any, float]:
@@ -168,31 +151,8 @@ def _dtype(name: str) -> Any:
     return known[name]
 
 
-def _answer(
-    network: Any,
-    processor: Any,
-    clip: Any,
-    prompt: str,
-    method: Any,
-    compare: bool,
-    max_new_tokens: int,
-    seconds: float,
-    save_trace: Path | None,
-) -> list[Any]:
-    """Compressed first; with `compare` also plain, each after a warm-up so that neither pays for the first call."""
-    from vidcompress.api import apply
-    from vidcompress.measure import ask
-
-    results = []
-    for compressed in (True, False) if compare else (True,):
-        with apply(network, method) if compressed else nullcontext() as handle:
-            label = method.name if compressed else "no compression"
-            with err.status(f"answering with {label}"):
-                if compare:
-                    ask(network, processor, clip, prompt, max_new_tokens=1)
-                results.append(
-                    ask(network, processor, clip, prompt, max_new_tokens=max_new_tokens, decode_seconds=seconds)
-                )
-            if handle is not None and save_trace is not None:
-                handle.trace.save(save_trace)
-    return results
+def _answer(question: Callable[..., Any], max_new_tokens: int, warm_up: bool) -> Any:
+    """The result of `question`; after a warm-up, if it is to be compared, so that no side pays for the first call."""
+    if warm_up:
+        question(max_new_tokens=1)
+    return question(max_new_tokens=max_new_tokens)

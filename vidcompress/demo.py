@@ -134,8 +134,8 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
     from transformers import AutoProcessor
 
     import vidcompress
-    from vidcompress.commands import results_table
     from vidcompress.measure import ask
+    from vidcompress.tables import result_rows, rich_table
     from vidcompress.video import load_video
 
     with console.status("making a clip and a tiny checkpoint"):
@@ -167,7 +167,7 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
     results.append(_with(handle, "fastvid", compression, answer))
     handle.remove()
     results.append(answer())
-    console.print(results_table(results))
+    console.print(rich_table(result_rows(results)))
     shots = ", ".join(f"{start}-{end - 1}" for start, end in step.reduction.notes["segments"])
     console.print(f"infomerge saw these segments of frames: {shots}")
 

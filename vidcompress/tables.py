@@ -1,13 +1,36 @@
-"""The facts about methods and backbones as rows: printed by `vidcompress list`, written into the README."""
+"""Facts as rows: methods and backbones for `vidcompress list` and the README, results for `run` and `demo`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vidcompress.config import load, shipped
 from vidcompress.method import Method, list_methods
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vidcompress.measure import Result
+
 Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+RESULT = (
+    ("frames", "frames", "d"),
+    ("video tokens before", "tokens_before", "d"),
+    ("video tokens after", "tokens_after", "d"),
+    ("prompt tokens before", "prompt_before", "d"),
+    ("prompt tokens after", "prompt_after", "d"),
+    ("decode video, ms", "decode_ms", ".0f"),
+    ("vision, ms", "vision_ms", ".1f"),
+    ("compression, ms", "compression_ms", ".1f"),
+    ("prefill, ms", "prefill_ms", ".1f"),
+    ("generation, ms", "generation_ms", ".1f"),
+    ("peak memory, MB", "peak_memory_mb", ".0f"),
+    ("answer", "answer", "s"),
+)
+"""What is shown of a result: title, attribute, format."""
 
 
 def method_rows() -> Rows:
@@ -34,6 +57,24 @@ def backbone_rows() -> Rows:
         about = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
         rows.append((f"`{kind}`", about, ", ".join(f"`{s}`" for s in sorted(cls.provides))))
     return header, rows
+
+
+def result_rows(results: Sequence[Result]) -> Rows:
+    """(header, rows): one column a result, one row a quantity."""
+    header = ("", *(r.compression for r in results))
+    return header, [(title, *(format(getattr(r, name), form) for r in results)) for title, name, form in RESULT]
+
+
+def rich_table(rows: Rows, title: str | None = None) -> Table:
+    """The rows for a terminal, without Markdown's quotes; nothing in them is taken for markup."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    header, body = rows
+    table = Table(*header, title=title)
+    for line in body:
+        table.add_row(*(escape(cell.replace("`", "")) for cell in line))
+    return table
 
 
 def markdown(rows: Rows) -> str:
