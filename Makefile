@@ -5,6 +5,7 @@
 # make types       mypy on the installed wheel
 # make check       lint, types, test
 # make tables      the generated tables of README.md
+# make bench       times of all methods at the size of LLaVA-OneVision-7B
 #
 # Variables: PYTHON (3.11 or newer, default python3), VENV (.venv), VENV_OLDEST (.venv-oldest), ARGS.
 
@@ -19,7 +20,7 @@ FILES := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint types check tables clean
+.PHONY: help demo test test-oldest lint types check tables bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +45,9 @@ types: $(VENV)/.installed-dev
 	cd build/types/site && $(PY) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vidcompress
 
 check: lint types test
+
+bench: $(VENV)/.installed-dev
+	$(PY) scripts/bench_methods.py $(ARGS)
 
 tables: $(VENV)/.installed-dev
 	$(PY) scripts/make_tables.py
