@@ -183,3 +183,37 @@ def test_handle_of_a_copy_is_its_own(checkpoint, compression):
 def test_apply_wants_a_model(thing):
     with pytest.raises(TypeError, match="transformers model"):
         vidcompress.apply(thing, "uniform_tokens")
+
+
+def test_ratio_beside_the_word(enabled, checkpoint):
+    for load in (vidcompress.from_pretrained, *(c.from_pretrained for c in CLASSES)):
+        model = load(pretrained_model_name_or_path=checkpoint, compression="random", retention_ratio=0.5)
+        assert vidcompress.handle_of(model).compression.methods[0].retention_ratio == 0.5
+        with pytest.raises(ValueError, match="needs a method"):
+            load(checkpoint, retention_ratio=0.5)
+
+
+def test_a_named_head_stays_when_the_method_changes(checkpoint, compression, video):
+    model = vidcompress.from_pretrained(checkpoint, compression=compression)
+    handle = vidcompress.handle_of(model)
+    handle.switch("fastvid")
+    kept(model, checkpoint, video)
+    assert handle.trace.last.head == compression["siglip_head"]
+    with pytest.warns(UserWarning, match="none was asked for"):
+        handle.switch("fastvid", siglip_head="none")
+    kept(model, checkpoint, video)
+    assert handle.trace.last.head is None
+    assert handle.trace.last.compression[0]["method"] == "fastvid"
+
+
+def test_surrounding_precision_does_not_reach_the_decision(checkpoint, compression, video):
+    model = vidcompress.from_pretrained(checkpoint, compression=compression)
+    kept(model, checkpoint, video)
+    before = vidcompress.handle_of(model).trace.last.steps[0].reduction
+    torch.set_float32_matmul_precision("medium")
+    try:
+        kept(model, checkpoint, video)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(vidcompress.handle_of(model).trace.last.steps[0].reduction.keep, before.keep)

@@ -101,6 +101,23 @@ def test_demo(vidcompress, tmp_path):
     assert (tmp_path / "clip.mp4").is_file()
 
 
+def test_traceback_on_demand(vidcompress):
+    with pytest.raises(ValueError, match="unknown compression"):
+        vidcompress("show", "nothing", "--traceback")
+
+
+def test_answers_are_broken_not_cut():
+    from rich.console import Console
+
+    from vidcompress.tables import rich_table
+
+    answer = "[b]" + "字" * 66 + "`code`"
+    console = Console(width=40, record=True)
+    console.print(rich_table((("", "infomerge"), [("answer", answer)])))
+    shown = "".join(console.export_text().split())
+    assert shown.count("字") == 66 and "`code`" in shown.replace("│", "") and "[b]" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,7 +129,10 @@ def test_demo(vidcompress, tmp_path):
         (["run", "CLIP", "q", "--model", "m", "--compression", "random", "--config", "x.yaml"], "not both"),
         (["run", "CLIP", "q", "--model", "m", "--config", "no/such.yaml"], "no such YAML file"),
         (["run", "CLIP", "q", "--model", "m", "--dtype", "int4"], "int4"),
+        (["run", "CLIP", "q", "--model", "m", "--save-trace", "/no/such/folder/x.json"], "no folder"),
+        (["run", "CLIP", "q", "--model", "m", "--device", "cuda:9"], "sees no GPU"),
         (["show", "infomerge", "--grid", "12"], "32x14x14"),
+        (["show", "infomerge", "--grid=-3x14x14"], "at least 1"),
         (["show", "nothing"], "unknown compression"),
     ],
 )

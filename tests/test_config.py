@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -436,3 +437,22 @@ def test_list_methods_is_sorted_and_holds_classes() -> None:
     assert list(found) == sorted(found) and all(issubclass(cls, Method) for cls in found.values())
     assert all(cls.name == name for name, cls in found.items())
     assert "Inner" not in found and "Method" not in found
+
+
+# -- presets follow the ratio ------------------------------------------------------------------------------------------
+def test_a_new_ratio_moves_a_method_to_its_preset() -> None:
+    moved = load(load("infomerge"), retention_ratio=0.05)
+    assert (moved.temperature, moved.static_ratio) == (2.0, 0.05)
+    chosen = load(load("infomerge", temperature=3.0), retention_ratio=0.05)
+    assert (chosen.temperature, chosen.static_ratio) == (3.0, 0.05)
+    assert load(load("infomerge"), retention_ratio=0.05, static_ratio=0.5).static_ratio == 0.5
+    with pytest.raises(ValueError, match=r"retention_ratio must be in \(0, 1\], got 2"):
+        load(load("infomerge"), retention_ratio=2)
+
+
+def test_numbers_and_paths_of_other_types() -> None:
+    method = load("infomerge", retention_ratio=np.float32(0.5), dyseg_c=np.int64(4), siglip_head=Path("a") / "b")
+    assert type(method.retention_ratio) is float and type(method.dyseg_c) is int
+    assert method.siglip_head == str(Path("a") / "b")
+    with pytest.raises(TypeError, match=r"must be of type float, got '0.1'$"):
+        load("infomerge", retention_ratio="0.1")

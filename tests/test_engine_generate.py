@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import accelerate
 import oracle
 import pytest
 import torch
@@ -16,12 +18,14 @@ from tiny import (
     ONE,
     TWO,
     AtMost,
+    compress,
     generate,
     llava,
     llava_inputs,
     new_tokens,
     pair,
     step_logits,
+    without_head,
     without_mask,
 )
 from torch import Tensor
@@ -446,6 +450,16 @@ def test_assisted_decoding_equals_greedy(assistant, positions):
     assert torch.equal(greedy.sequences, generate(model, inputs, 12, assistant_model=helper).sequences)
 
 
+def test_a_model_can_assist_itself_under_dispatch():
+    """accelerate hands the decoder copies of its arguments, and the draft runs inside the outer generate()."""
+    model = llava()
+    compress(model, METHODS["merge"]())
+    inputs = llava_inputs([ONE])
+    greedy = generate(model, inputs, 6)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(greedy.sequences, generate(model, inputs, 6, assistant_model=model).sequences)
+
+
 # -- threads -----------------------------------------------------------------------------------------------------------
 def test_four_threads_at_once_equal_serial():
     plain, model, handle = pair(METHODS["infomerge"]())
@@ -461,3 +475,28 @@ def test_four_threads_at_once_equal_serial():
     assert len(handle.trace) == 9
     assert sorted(p.before for p in handle.trace) == sorted([12, 4 * 4 * 3, 4 * 6] * 3)
     assert not torch.equal(serial[0], step_logits(generate(plain, prompts[0], 6)))
+
+
+def test_switching_between_the_prompts_of_other_threads():
+    """A prompt is reduced by the method that was in force when its video was encoded."""
+    _, model, handle = pair(METHODS["prune"]())
+    inputs = llava_inputs([ONE])
+    counts = {handle.compression.methods[0].budget((6, 2, 2))}
+    other = METHODS["infomerge"](retention_ratio=0.75)
+    counts.add(other.budget((6, 2, 2)))
+
+    def answers() -> None:
+        for _ in range(12):
+            model(**inputs)
+
+    with ThreadPoolExecutor(2) as pool, without_head():
+        running = [pool.submit(answers) for _ in range(2)]
+        while not all(f.done() for f in running):
+            for method in (other, METHODS["prune"]()):
+                handle.switch(method)
+                time.sleep(0.001)  # lets the others have the interpreter
+    for future in running:
+        future.result()
+    assert {p.after for p in handle.trace} <= counts
+    for prompt in handle.trace:
+        assert prompt.steps[0].method == prompt.compression[0]["method"]

@@ -89,6 +89,44 @@ def test_a_compressed_cache_is_refused_by_a_plain_model():
     assert model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache).logits.isfinite().all()
 
 
+def test_a_refused_turn_does_not_unlock_the_cache():
+    model, inputs = llava(), llava_inputs([ONE])
+    handle = compress(model, METHODS["merge"]())
+    cache = generate(model, inputs, 3).past_key_values
+    broken = llava_inputs([ONE])
+    broken["pixel_values_videos"][:] = torch.nan
+    del broken["attention_mask"]
+    with pytest.raises(ValueError, match="NaN"):
+        model(**broken, past_key_values=cache)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="compressed prompt"):
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_a_compressed_cache_can_be_saved(tmp_path):
+    _, model, _ = pair(METHODS["merge"](positions="renumber"))
+    output = generate(model, llava_inputs([ONE]), 3)
+    torch.save(output.past_key_values, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert type(loaded) is type(output.past_key_values)
+    step = torch.tensor([[7]])
+    want = model(input_ids=step, past_key_values=output.past_key_values).logits
+    assert torch.equal(model(input_ids=step, past_key_values=loaded).logits, want)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_second_apply_is_refused_on_the_model_and_on_its_base(inner_first):
+    model = llava()
+    first, second = (model.model, model) if inner_first else (model, model.model)
+    handle = compress(first, METHODS["merge"]())
+    assert vidcompress.handle_of(second) is handle
+    with pytest.raises(ValueError, match="already compresses"):
+        compress(second, METHODS["prune"]())
+    handle.remove()
+    assert vidcompress.handle_of(first) is None and vidcompress.handle_of(second) is None
+    compress(second, METHODS["prune"]()).remove()
+
+
 def test_the_callers_own_override_is_called():
     """Libraries put a compiled or wrapped generate() on the instance; compression must not undo that."""
     model = llava()

@@ -368,3 +368,25 @@ def test_hooks_that_were_bypassed(model, bypass: Callable[[Any], None], call):
     model.model._modules.update(whole)
     model.model.language_model.rotary_emb = rotary
     still_works(model)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_placeholders_without_their_video_in_a_later_turn(how):
+    model = llava()
+    compress(model, METHODS["merge"]())
+    cache = generate(model, llava_inputs([ONE]), 3).past_key_values
+    later = llava_inputs([ONE])["input_ids"]
+    with pytest.raises(ValueError, match="placeholders but no video"):
+        if how == "forward":
+            model(input_ids=later, past_key_values=cache)
+        else:
+            ids = torch.cat([torch.full((1, cache.get_seq_length()), 5), later], 1)
+            generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 2, past_key_values=cache)
+
+
+def test_a_mask_that_is_no_tensor():
+    model = llava()
+    compress(model, METHODS["merge"]())
+    inputs = llava_inputs([ONE])
+    with pytest.raises(TypeError, match="attention_mask is a list"):
+        model(**inputs | {"attention_mask": inputs["attention_mask"].tolist()})

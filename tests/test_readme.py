@@ -47,7 +47,7 @@ def test_first_lines_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="falls back"):
         exec(compile(code, "README.md", "exec"), {})
-    assert "tensor" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip()
     assert transformers.AutoModelForImageTextToText.__module__.startswith("transformers")
 
 

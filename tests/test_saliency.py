@@ -334,7 +334,7 @@ def test_falling_back_is_said_exactly_once(method, reason):
             run(model, "generate", llava_inputs([ONE], seed=seed))
     said = [str(w.message) for w in caught if FALLBACK in str(w.message)]
     assert len(said) == 1
-    assert reason in said[0] and "pass siglip_head=" in said[0]
+    assert reason in said[0] and "set siglip_head to" in said[0]
 
 
 def test_received_alone_needs_no_head_and_no_warning():

@@ -65,7 +65,7 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
         torch.tensor([1]), 2, *(torch.tensor([x]) for x in (0, 0, 0.5)), {"weights": torch.tensor([0.25])}
     )
     inner = step(2, 1, site=Site.decoder(3), reduction=mixed, row=1, video=4, newlines=0)
-    trace.prompts.append(Prompt([step(), inner], 20, 9, 0.25, 0.125))
+    trace.prompts.append(Prompt([step(), inner], 20, 9, 0.25, 0.125, [{"method": "random", "seed": 0}], "some/head"))
     content = trace.to_dict()
     path = tmp_path / "trace.json"
     trace.save(path)
@@ -80,6 +80,8 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
         "length_after": 9,
         "seconds": 0.25,
         "signal_seconds": 0.125,
+        "compression": [{"method": "random", "seed": 0}],
+        "head": "some/head",
     }
     assert steps[0] == {
         "row": 0,

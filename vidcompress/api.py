@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vidcompress import patches
+from vidcompress.auto import AutoModelForImageTextToText, chosen
 from vidcompress.config import Compression, load
 from vidcompress.engine.handle import Handle, handle_of
 
@@ -34,21 +35,33 @@ def apply(model: nn.Module, compression: Compression, *, trace: bool = True, **s
     return Handle(model, load(compression, **settings), trace)
 
 
-def from_pretrained(name_or_path: Any, *args: Any, compression: Compression | None = None, **kwargs: Any) -> Any:
+def from_pretrained(
+    pretrained_model_name_or_path: Any,
+    *args: Any,
+    compression: Compression | None = None,
+    retention_ratio: float | None = None,
+    **kwargs: Any,
+) -> Any:
     """`AutoModelForImageTextToText.from_pretrained` of transformers, with the word `compression`.
+
+    Args:
+        compression: what `apply` takes; None loads the plain model.
+        retention_ratio: fraction of the video tokens kept; overrides the method's. Other settings go into
+            `compression`, as a mapping or a YAML path.
+        kwargs: for transformers.
 
     Returns the model, or (model, loading info) with `output_loading_info=True`. `handle_of(model)` is its handle.
     Bad settings and unsupported backbones are refused before any weight is read.
     """
-    from vidcompress.auto import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(name_or_path, *args, compression=compression, **kwargs)
+    return AutoModelForImageTextToText.from_pretrained(
+        pretrained_model_name_or_path, *args, compression=compression, retention_ratio=retention_ratio, **kwargs
+    )
 
 
 def enable() -> None:
     """From now on every transformers class, Auto class and `pipeline(model_kwargs=...)` accepts `compression=...`.
 
-    Patches `PreTrainedModel.from_pretrained` once; `disable()` takes it back.
+    `retention_ratio=...` beside it, too. Patches `PreTrainedModel.from_pretrained` once; `disable()` takes it back.
     """
     from transformers import PreTrainedModel
 
@@ -57,8 +70,14 @@ def enable() -> None:
         return
 
     @functools.wraps(original.__func__)
-    def from_pretrained(cls: Any, *args: Any, compression: Compression | None = None, **kwargs: Any) -> Any:
-        method = None if compression is None else load(compression)
+    def from_pretrained(
+        cls: Any,
+        *args: Any,
+        compression: Compression | None = None,
+        retention_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        method = chosen(compression, retention_ratio)
         if method is not None:
             patches.find(cls.config_class)
         loaded = original.__func__(cls, *args, **kwargs)

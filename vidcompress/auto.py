@@ -27,20 +27,38 @@ class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: Any, *args: Any, compression: Compression | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        compression: Compression | None = None,
+        retention_ratio: float | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As in transformers; `compression` is what `vidcompress.apply` takes. None loads the plain model.
 
-        Raises ValueError for bad settings or a backbone without a patch before any weight is read.
+        Raises ValueError for bad settings or a backbone without a patch before any weight is read, and for a
+        SigLIP head that does not fit after that.
         """
-        if compression is None:
-            return super().from_pretrained(name_or_path, *args, **kwargs)
-        method = load(compression)
-        config = kwargs.get("config")
-        if config is None:
-            hub = {k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}
-            config = transformers.AutoConfig.from_pretrained(name_or_path, **hub)
-        patches.find(config)
-        loaded = super().from_pretrained(name_or_path, *args, **kwargs)
-        Handle(loaded[0] if isinstance(loaded, tuple) else loaded, method)
+        method = chosen(compression, retention_ratio)
+        if method is not None:
+            config = kwargs.get("config")
+            if config is None:
+                hub = {k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}
+                config = transformers.AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            patches.find(config)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if method is not None:
+            Handle(loaded[0] if isinstance(loaded, tuple) else loaded, method)
         return loaded
+
+
+def chosen(compression: Compression | None, retention_ratio: float | None) -> Any:
+    """The method that the two arguments of `from_pretrained` name; None for the plain model.
+
+    Raises ValueError for a ratio without a method.
+    """
+    if compression is not None:
+        return load(compression, **({} if retention_ratio is None else {"retention_ratio": retention_ratio}))
+    if retention_ratio is not None:
+        raise ValueError(f"retention_ratio={retention_ratio} needs a method: give compression=..., too")
+    return None

@@ -6,7 +6,12 @@ import sys
 
 
 def main() -> None:
-    """Entry point of the console script. A user's mistake ends in one line on stderr and exit code 2."""
+    """Entry point of the console script. A mistake ends in one line on stderr and exit code 2.
+
+    `--traceback`, anywhere on the line, shows where an error came from instead.
+    """
+    full = "--traceback" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
     try:
         from vidcompress.compat import require
 
@@ -14,7 +19,9 @@ def main() -> None:
         from vidcompress.commands import app
 
         app(prog_name="vidcompress")
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if full:
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

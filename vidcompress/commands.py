@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ def run(
     compression: Annotated[str | None, typer.Option(help="Method; `vidcompress list` shows all.")] = None,
     retention_ratio: Annotated[float | None, typer.Option(help="Fraction of video tokens kept, in (0, 1].")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the method's settings.")] = None,
+    siglip_head: Annotated[str | None, typer.Option(help="SigLIP checkpoint: folder, file, hub id, none.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames, evenly spaced. Default: up to 32.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second, instead of --num-frames.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto. Default: a GPU if any.")] = None,
@@ -48,25 +48,32 @@ def run(
 
     if compression and config:
         raise ValueError("give --compression or --config, not both")
-    overrides = {} if retention_ratio is None else {"retention_ratio": retention_ratio}
-    method = load(config or compression or "infomerge", **overrides)
+    overrides = {"retention_ratio": retention_ratio, "siglip_head": siglip_head}
+    method = load(config or compression or "infomerge", **{k: v for k, v in overrides.items() if v is not None})
+    if save_trace is not None and not save_trace.parent.is_dir():
+        raise FileNotFoundError(f"--save-trace: there is no folder {save_trace.parent}")
+    options = _loading_options(device, dtype, attn)
     clip, seconds = _decode(video, num_frames, fps)
-    network, processor = _load_model(model, device, dtype, attn)
+    network, processor = _load_model(model, options)
     from vidcompress.api import apply  # these import transformers, for which _load_model prepared torchvision
     from vidcompress.measure import ask
 
     question = functools.partial(ask, network, processor, clip, prompt, decode_seconds=seconds)
     with apply(network, method) as handle, err.status(f"answering with {handle.compression.name}"):
-        results = [_answer(question, max_new_tokens, warm_up=compare)]
-        if save_trace is not None:
-            handle.trace.save(save_trace)
+        if compare:  # neither side is to pay for the first call
+            question(max_new_tokens=1)
+            handle.trace.clear()
+        results = [question(max_new_tokens=max_new_tokens)]
     if compare:
         with err.status("answering without compression"):
-            results.append(_answer(question, max_new_tokens, warm_up=True))
+            question(max_new_tokens=1)
+            results.append(question(max_new_tokens=max_new_tokens))
     if as_json:
         print(json.dumps({"video": clip.to_dict(), "results": [r.to_dict() for r in results]}, indent=1))
     else:
         out.print(rich_table(result_rows(results)))
+    if save_trace is not None:
+        handle.trace.save(save_trace)
 
 
 @app.command("list")
@@ -91,7 +98,9 @@ def show(
     try:
         t, h, w = (int(side) for side in grid.split("x"))
     except ValueError:
-        raise ValueError(f"--grid must look like 32x14x14, got {grid!r}") from None
+        t = h = w = 0
+    if min(t, h, w) < 1:
+        raise ValueError(f"--grid must look like 32x14x14, all sides at least 1, got {grid!r}")
     for method in Pipeline.of(chosen):
         paper = shipped(method.name)
         rows: list[tuple[str, ...]] = [
@@ -129,30 +138,28 @@ def _decode(video: str, num_frames: int | None, fps: float | None) -> tuple[Any,
     return clip, time.perf_counter() - start
 
 
-def _load_model(name: str, device: str | None, dtype: str, attn: str | None) -> tuple[Any, Any]:
-    ensure_torchvision()
+def _loading_options(device: str | None, dtype: str, attn: str | None) -> dict[str, Any]:
+    """What is handed to `from_pretrained`; refused before anything is decoded or loaded."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else _dtype(dtype)}
-    options |= {} if attn is None else {"attn_implementation": attn}
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use cpu")
+    known = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    if dtype != "auto" and dtype not in known:
+        raise ValueError(f"--dtype must be auto, {', '.join(known)}, got {dtype!r}")
+    options = {"device_map": device, "dtype": known.get(dtype, dtype)}
+    return options if attn is None else {**options, "attn_implementation": attn}
+
+
+def _load_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    ensure_torchvision()
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from vidcompress import patches
+
     with err.status(f"loading {name}"):
-        network = AutoModelForImageTextToText.from_pretrained(name, device_map=device, **options).eval()
+        config = AutoConfig.from_pretrained(name)
+        patches.find(config)  # an unsupported backbone is refused before its weights are read
+        network = AutoModelForImageTextToText.from_pretrained(name, config=config, **options).eval()
         return network, AutoProcessor.from_pretrained(name)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f"--dtype must be auto, {', '.join(known)}, got {name!r}")
-    return known[name]
-
-
-def _answer(question: Callable[..., Any], max_new_tokens: int, warm_up: bool) -> Any:
-    """The result of `question`; after a warm-up, if it is to be compared, so that no side pays for the first call."""
-    if warm_up:
-        question(max_new_tokens=1)
-    return question(max_new_tokens=max_new_tokens)

@@ -26,7 +26,7 @@ def load(compression: Compression, **overrides: Any) -> Method | Pipeline:
 
     Args:
         compression: a method's name ("infomerge"), a YAML path, a mapping with the key `method`, a `Method`, or a list
-            of these for a pipeline.
+            of these for a pipeline. A `Method` is used as it stands: constructing a class applies no preset.
         overrides: settings that win over all others, e.g. `retention_ratio=0.1`.
 
     Raises:
@@ -47,7 +47,7 @@ def load(compression: Compression, **overrides: Any) -> Method | Pipeline:
         return Pipeline(methods)
     if isinstance(compression, Method):
         _refuse_unknown(type(compression), overrides)
-        return replace(compression, **overrides) if overrides else compression
+        return replace(compression, **_follow_presets(compression, overrides)) if overrides else compression
     if isinstance(compression, Mapping):
         return _build(dict(compression), overrides, "this mapping")
     if isinstance(compression, str) and not _is_path(compression):
@@ -129,6 +129,17 @@ def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Meth
         _refuse_unknown(cls, row)
         defaults |= row
     return cls(**(defaults | user))
+
+
+def _follow_presets(method: Method, overrides: dict[str, Any]) -> dict[str, Any]:
+    """With a new ratio, fields that stand at the old ratio's preset move to the new one's; others were chosen."""
+    presets = shipped(method.name).get("presets") if method.name in list_methods() else None
+    if not presets or "retention_ratio" not in overrides:
+        return overrides
+    type(method)(retention_ratio=overrides["retention_ratio"])  # a bad ratio is refused before it picks a row
+    old, new = (preset_for(presets, ratio) for ratio in (method.retention_ratio, overrides["retention_ratio"]))
+    moved = {key: value for key, value in new.items() if key in old and getattr(method, key) == old[key]}
+    return moved | overrides
 
 
 def _refuse_unknown(cls: type[Method], given: Mapping[str, Any]) -> None:

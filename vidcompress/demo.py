@@ -164,7 +164,8 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
 
     results = [answer()]
     step = handle.trace[-1].steps[0]
-    results.append(_with(handle, "fastvid", compression, answer))
+    handle.switch("fastvid", retention_ratio=retention_ratio)
+    results.append(answer())
     handle.remove()
     results.append(answer())
     console.print(rich_table(result_rows(results)))
@@ -202,12 +203,6 @@ def _tour_of_the_pipeline(console: Console, checkpoint: Path, compression: dict[
         f"{inside.trace.last.before} video tokens and answered {reply[0]['generated_text'].strip()!r}",
         markup=False,
     )
-
-
-def _with(handle: Any, name: str, compression: dict[str, Any], answer: Any) -> Any:
-    """The answer after switching the loaded model to another method."""
-    handle.switch({**compression, "method": name})
-    return answer()
 
 
 def _tokenizer() -> Any:

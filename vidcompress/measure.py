@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +27,15 @@ class Result:
     Attributes:
         tokens_before, tokens_after: video tokens the encoder made, and those the decoder ran over (newlines excluded).
         prompt_before, prompt_after: the same for the whole prompt, text and newlines included.
-        peak_memory: allocated on the GPU during the call, or the process's largest resident size on a CPU.
+        settings: name and fields of every method; empty without compression.
+        head: where the SigLIP pooling head came from; None if none was used.
+        peak_memory_mb: most memory during the call, allocated on the GPU or resident in the process; None where the
+            system does not tell.
     """
 
     compression: str
+    settings: list[dict[str, Any]]
+    head: str | None
     answer: str
     frames: int
     tokens_before: int
@@ -43,7 +48,7 @@ class Result:
     compression_ms: float
     prefill_ms: float
     generation_ms: float
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     device: str
     dtype: str
 
@@ -115,14 +120,15 @@ def ask(
         decode_seconds: what decoding the video file took, to be reported along.
 
     Raises:
-        ValueError: no patch for the model, no chat template, or anything the engine refuses.
+        ValueError: no patch for the model, no chat template, a trace that is off, or anything the engine refuses.
     """
     handle = handle_of(model)
+    if handle is not None and not handle.trace.enabled:
+        raise ValueError("measuring a compressed model needs its trace: set handle.trace.enabled = True")
     inputs = prepare_inputs(processor, video, prompt).to(model.device)
     floating = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    _reset_peak(device)
     with _stages(model) as clock:
         start = clock.now()
         output = model.generate(**floating, max_new_tokens=max_new_tokens, do_sample=False)
@@ -132,14 +138,18 @@ def ask(
     found = patch.encoded(model, inputs, {})
     before = after = sum(v.tokens for v in found)
     prompt_after, compression, signals = length, 0.0, 0.0
+    settings, head = [], None
     if handle is not None and handle.trace.last is not None:
         last = handle.trace.last
+        settings, head = last.compression, last.head
         after, prompt_after = last.after, last.length_after
         compression, signals = last.seconds + last.signal_seconds, last.signal_seconds
     vision = clock.vision - signals
     answer = processor.batch_decode(output[:, length:], skip_special_tokens=True)[0].strip()
     return Result(
         compression="none" if handle is None else handle.compression.name,
+        settings=settings,
+        head=head,
         answer=answer,
         frames=len(video.frames),
         tokens_before=before,
@@ -152,15 +162,25 @@ def ask(
         compression_ms=1e3 * compression,
         prefill_ms=1e3 * clock.prefill,
         generation_ms=1e3 * (total - clock.vision - (compression - signals) - clock.prefill),
-        peak_memory_mb=peak_memory_mb(device),
+        peak_memory_mb=_peak_mb(device),
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory allocated on a GPU since its counter was reset; on a CPU the process's largest resident size."""
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_mb(device: torch.device) -> float | None:
+    """Most memory since `_reset_peak`: allocated on the GPU or resident in the process; None where it is not told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) / 1e3 for line in status.splitlines() if line.startswith("VmHWM"))
+    return None

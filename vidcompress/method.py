@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import numbers
+import os
 import pkgutil
 import types
 import typing
@@ -15,9 +17,11 @@ from typing import Any, ClassVar, Literal
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 
-def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field that says what it means and which values it takes (`low` and `high` are allowed values)."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
+def setting(
+    default: Any, doc: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Any:
+    """A dataclass field that says what it means and which values it takes: from `low` (or above `above`) to `high`."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "above": above})
 
 
 @dataclass(kw_only=True)
@@ -32,7 +36,7 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     budget_rule: ClassVar[Literal["exact", "frame_floor", "frame_round"]] = "exact"
 
-    retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", high=1)
+    retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", above=0, high=1)
     positions: Literal["keep", "renumber"] = setting(
         "keep", "survivors keep their own RoPE positions, or the shortened sequence is numbered anew"
     )
@@ -46,8 +50,6 @@ class Method:
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
             setattr(self, f.name, _checked(self.name, f.name, hints[f.name], getattr(self, f.name), f.metadata))
-        if self.retention_ratio <= 0:
-            raise ValueError(f"{self.name}: retention_ratio must be in (0, 1], got {self.retention_ratio!r}")
 
     # -- what a method says of itself --------------------------------------------------------------------------------
     def sites(self) -> list[Site]:
@@ -117,6 +119,9 @@ class Pipeline:
         if len(policies) > 1:
             raise ValueError(f"the methods of a pipeline must agree on `positions`, got {sorted(policies)}")
 
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(map(repr, self.methods))})"
+
     @classmethod
     def of(cls, compression: Method | Pipeline) -> Pipeline:
         """A pipeline of one, or the pipeline itself."""
@@ -181,26 +186,31 @@ def _checked(method: str, name: str, hint: Any, value: Any, meta: typing.Mapping
             hint_text = nearest(value, choices) if isinstance(value, str) else ""
             raise ValueError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint_text}")
         return value
-    accepted = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}.get(hint)
+    kinds: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, bool: bool, str: (str, os.PathLike)}
+    accepted = kinds.get(hint)
     if accepted is None:
         return value
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        remedy = " (YAML reads a number in exponent form only with a dot: 1.0e-6)" if _looks_numeric(value) else ""
+        remedy = " (YAML reads a number in exponent form only with a dot: 1.0e-6)" if _looks_exponential(value) else ""
         raise TypeError(f"{where} must be of type {hint.__name__}, got {value!r}{remedy}")
-    if hint in (int, float) and isinstance(value, (int, float)):
-        low, high = meta.get("low"), meta.get("high")
-        finite = isinstance(value, int) or math.isfinite(value)
-        if not finite or (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
-            bounds = "finite" if low is None and high is None else bounds
+    if hint is str:
+        return os.fspath(value)
+    if hint in (int, float):
+        low, above, high = (meta.get(name) for name in ("low", "above", "high"))
+        within = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if not within or not (isinstance(value, numbers.Integral) or math.isfinite(value)):
+            if high is not None:
+                bounds = f"in ({above}, {high}]" if low is None else f"in [{low}, {high}]"
+            else:
+                bounds = "finite" if low is None else f"at least {low}"
             raise ValueError(f"{where} must be {bounds}, got {value!r}")
         return hint(value)
     return value
 
 
-def _looks_numeric(value: Any) -> bool:
+def _looks_exponential(value: Any) -> bool:
     try:
         float(value)
     except (TypeError, ValueError):
         return False
-    return isinstance(value, str)
+    return isinstance(value, str) and "e" in value.lower()

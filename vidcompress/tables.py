@@ -41,9 +41,9 @@ def method_rows() -> Rows:
         method, paper = load(name), shipped(name)["paper"]
         assert isinstance(method, Method)
         source = f"arXiv:{paper['arxiv']}" if "arxiv" in paper else paper["title"]
-        needs = ", ".join(f"`{need}`" for need in sorted(method.needs)) or "nothing"
+        needs = ", ".join(sorted(method.needs)) or "nothing"
         kept = f"{method.budget((32, 14, 14))} at {method.retention_ratio:g}"
-        rows.append((f"`{name}`", source, ", ".join(map(str, method.sites())), needs, kept))
+        rows.append((name, source, ", ".join(map(str, method.sites())), needs, kept))
     return header, rows
 
 
@@ -55,25 +55,28 @@ def backbone_rows() -> Rows:
     rows: list[tuple[str, ...]] = []
     for kind, cls in backbones().items():
         about = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
-        rows.append((f"`{kind}`", about, ", ".join(f"`{s}`" for s in sorted(cls.provides))))
+        rows.append((kind, about, ", ".join(sorted(cls.provides))))
     return header, rows
 
 
 def result_rows(results: Sequence[Result]) -> Rows:
     """(header, rows): one column a result, one row a quantity."""
     header = ("", *(r.compression for r in results))
-    return header, [(title, *(format(getattr(r, name), form) for r in results)) for title, name, form in RESULT]
+    cells = [(title, [getattr(r, name) for r in results], form) for title, name, form in RESULT]
+    return header, [(title, *("-" if v is None else format(v, form) for v in values)) for title, values, form in cells]
 
 
 def rich_table(rows: Rows, title: str | None = None) -> Table:
-    """The rows for a terminal, without Markdown's quotes; nothing in them is taken for markup."""
-    from rich.markup import escape
+    """The rows for a terminal: nothing in them is taken for markup, and long words are broken, not cut."""
     from rich.table import Table
+    from rich.text import Text
 
     header, body = rows
-    table = Table(*header, title=title)
+    table = Table(title=title)
+    for name in header:
+        table.add_column(name, overflow="fold")
     for line in body:
-        table.add_row(*(escape(cell.replace("`", "")) for cell in line))
+        table.add_row(*map(Text, line))
     return table
 
 

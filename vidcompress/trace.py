@@ -46,6 +46,8 @@ class Prompt:
     """One prefill: its reductions, and the sequence lengths before and after them.
 
     Attributes:
+        compression: name and settings of every method.
+        head: where the SigLIP pooling head came from; None if none was used (see docs/decisions.md, D6).
         length_before, length_after: tokens the decoder would have run over and did run over, padding included.
         seconds: wall time of everything the library did at this prefill: decisions, merging, shortening. The signals
             from the tower come on top.
@@ -57,6 +59,8 @@ class Prompt:
     length_after: int = 0
     seconds: float = 0.0
     signal_seconds: float = 0.0
+    compression: list[dict[str, Any]] = field(default_factory=list)
+    head: str | None = None
 
     @property
     def before(self) -> int:
@@ -70,7 +74,7 @@ class Prompt:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        names = ("before", "after", "length_before", "length_after", "seconds", "signal_seconds")
+        names = ("compression", "head", "before", "after", "length_before", "length_after", "seconds", "signal_seconds")
         return {k: getattr(self, k) for k in names} | {"steps": [s.to_dict() for s in self.steps]}
 
 

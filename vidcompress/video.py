@@ -235,6 +235,8 @@ def _rows(items: Any, prompt: str | list[str], name: str) -> list[list[Any]]:
     """The videos or images of each prompt."""
     if isinstance(prompt, str):
         return [[] if items is None else list(items) if isinstance(items, (list, tuple)) else [items]]
+    if not isinstance(prompt, (list, tuple)):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; accepted: a string, or a list of strings")
     if not prompt:
         raise ValueError("prompt is an empty list; accepted: a string, or a list of at least one")
     if items is None:
@@ -385,7 +387,7 @@ def _opened(source: Any) -> Iterator[tuple[BinaryIO, str]]:
             _download(source, file)
             yield file, source
     elif isinstance(source, (str, os.PathLike)):
-        name = os.fsdecode(source)
+        name = os.path.expanduser(os.fsdecode(source))
         if os.path.isdir(name):
             raise ValueError(f"{name} is a folder; accepted: {_ACCEPTED}")
         with open(name, "rb") as file:

@@ -109,16 +109,29 @@ class LogicalLength:
             self.vidcompress_state.map(rows)
 
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
 _LOGICAL: dict[type, type] = {}
+
+
+def _logical(kind: type) -> type:
+    """The class `kind` with two lengths."""
+    if kind not in _LOGICAL:
+        _LOGICAL[kind] = type(kind.__name__, (LogicalLength, kind), {"__module__": kind.__module__})
+    return _LOGICAL[kind]
+
+
+def _blank(kind: type) -> Any:
+    """An empty object for a copy or a pickle to fill."""
+    return object.__new__(_logical(kind))
 
 
 def commit(cache: Cache, state: CacheState) -> None:
     """Notes the compressed prefix on `cache` (of any class), which from now on knows both lengths."""
     if not isinstance(cache, LogicalLength):
-        kind = type(cache)
-        if kind not in _LOGICAL:
-            _LOGICAL[kind] = type(kind.__name__, (LogicalLength, kind), {"__module__": kind.__module__})
-        cache.__class__ = _LOGICAL[kind]
+        cache.__class__ = _logical(type(cache))
     cache.vidcompress_state = state  # type: ignore[attr-defined]
 
 

@@ -43,24 +43,29 @@ class Handle:
         self._patch = patches.find(model.config)
         self._patch.check(model)
         self._heads: dict[str, SiglipHead] = {}
+        self._named: str | None = None
         self.compression: Pipeline = Pipeline.of(compression)
         self._check(self.compression)
-        head = self._head(self.compression)
+        head, source = self._head(self.compression)
         self._engine = Engine(model, self._patch, self.trace)
         try:
-            self._engine.configure(self.compression, head)
+            self._engine.configure(self.compression, head, source)
         except BaseException:
             self._engine.remove()
             raise
-        model.__dict__[ATTRIBUTE] = self
+        for part in self._parts():
+            part.__dict__[ATTRIBUTE] = self
 
     def switch(self, compression: Compression, **settings: Any) -> Handle:
-        """Uses another method from the next prompt on. If it is refused, the present one stays in force."""
+        """Uses another method from the next prompt on. If it is refused, the present one stays in force.
+
+        A SigLIP head that was named before stays, unless the new method names another.
+        """
         if not self.active:
             raise ValueError("this handle was removed; apply the compression anew")
         pipeline = Pipeline.of(load(compression, **settings))
         self._check(pipeline)
-        self._engine.configure(pipeline, self._head(pipeline))
+        self._engine.configure(pipeline, *self._head(pipeline))
         self.compression = pipeline
         return self
 
@@ -73,7 +78,12 @@ class Handle:
         """Makes the model bit-exactly its own again. Does nothing the second time."""
         if self.active:
             self._engine.remove()
-            del self.model.__dict__[ATTRIBUTE]
+            for part in self._parts():
+                del part.__dict__[ATTRIBUTE]
+
+    def _parts(self) -> set[Any]:
+        """Where the handle is kept: the model, and the base model on which everything hooks."""
+        return {self.model, self._patch.base(self.model)}
 
     def __enter__(self) -> Handle:
         return self
@@ -110,37 +120,46 @@ class Handle:
                 f"({Site.projector()})"
             )
 
-    def _head(self, pipeline: Pipeline) -> SiglipHead | None:
-        """The SigLIP pooling head the pipeline asks for, or None with one warning where there is none."""
+    def _head(self, pipeline: Pipeline) -> tuple[SiglipHead | None, str | None]:
+        """The SigLIP pooling head the pipeline asks for and its source, or None with one warning if there is none."""
         sources = {getattr(m, "siglip_head", "auto") for m in pipeline if m.needs & HEAD_SIGNALS}
         if not sources:
-            return None
+            return None, None
         if len(sources) > 1:
             raise ValueError(f"the methods of a pipeline must agree on siglip_head, got {sorted(map(str, sources))}")
-        source = sources.pop()
-        config = self._patch.vision_config(self.model)
+        source: str | None = sources.pop()
         reason = "none was asked for (siglip_head)"
-        if source == "auto":
+        if source == "auto" and self._named is None:
             source = self._patch.default_head(self.model)
             reason = "no published SigLIP head fits this vision tower"
-            if source is not None and source not in self._heads:
-                try:
-                    self._heads[source] = load_siglip_head(source, config)
-                except OSError as error:
-                    reason, source = f"{source} could not be read ({error})", None
-        elif source not in (None, "none") and source not in self._heads:
-            self._heads[source] = load_siglip_head(source, config)
-        if source in self._heads:
-            return self._heads[source]
+            try:
+                if source is not None:
+                    return self._load(source), source
+            except OSError as error:
+                reason = f"{source} could not be read ({error})"
+        elif source not in (None, "none"):
+            named = self._named if source == "auto" else source
+            assert named is not None
+            head, self._named = self._load(named), named
+            return head, named
         warnings.warn(
             f"{pipeline.name} takes its saliency from SigLIP's pooling head, and {reason}: it falls back to the "
             "attention that tokens receive in the tower's last layer, and to mean tokens as frame features. Results "
-            "differ from the paper's; pass siglip_head=<folder, file or hub id of the SigLIP checkpoint>",
-            stacklevel=3,
+            "differ from the paper's; set siglip_head to a folder, file or hub id of the SigLIP checkpoint",
+            stacklevel=4,
         )
-        return None
+        return None, None
+
+    def _load(self, source: str) -> SiglipHead:
+        if source not in self._heads:
+            self._heads[source] = load_siglip_head(source, self._patch.vision_config(self.model))
+        return self._heads[source]
 
 
 def handle_of(model: Any) -> Handle | None:
     """The handle of a compressed model, e.g. of one loaded with `compression=...`; None for a plain model."""
-    return getattr(model, "__dict__", {}).get(ATTRIBUTE)
+    for part in (model, getattr(model, "base_model", None)):
+        handle = getattr(part, "__dict__", {}).get(ATTRIBUTE)
+        if handle is not None:
+            return handle
+    return None

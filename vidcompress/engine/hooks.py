@@ -40,9 +40,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Encoding:
-    """The videos of one call of `get_video_features`, and the seconds their signals took."""
+    """The videos of one call of `get_video_features`, what is to become of them, and the seconds their signals took."""
 
     videos: list[EncodedVideo]
+    pipeline: Pipeline
+    head: str | None
     seconds: float
 
 
@@ -81,15 +83,26 @@ class Plan:
     """What becomes of every row: the columns that stay, and new embeddings for some of them.
 
     Attributes:
+        pipeline: the methods that were asked.
         prompt: the trace's record, filled on the way.
         started: when the work on this prompt began, in seconds of `time.perf_counter`.
     """
 
+    pipeline: Pipeline
     prompt: Prompt
     started: float
     columns: list[Tensor] = field(default_factory=list)
     merged: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # row, columns [K], embeddings [K, C]
     removed: int = 0
+
+    def carry_out(self, tokens: sequence.Sequence) -> tuple[sequence.Sequence, Tensor]:
+        """The shortened sequence, merged embeddings in place, and the column each of its tokens came from."""
+        embeds = tokens.embeds
+        if self.merged:
+            row = torch.cat([torch.full_like(columns, r) for r, columns, _ in self.merged])
+            column = torch.cat([columns for _, columns, _ in self.merged])
+            embeds = embeds.index_put((row, column), torch.cat([new for _, _, new in self.merged]))
+        return replace(tokens, embeds=embeds).shortened(self.columns, self.pipeline.positions == "renumber")
 
 
 class Engine:
@@ -104,8 +117,7 @@ class Engine:
         self.model, self.patch, self.trace = model, patch, trace
         self.base, self.decoder = patch.base(model), patch.decoder(model)
         self.local = ThreadState()
-        self.pipeline: Pipeline | None = None
-        self.signals: TowerSignals | None = None
+        self._setup: tuple[Pipeline, TowerSignals | None, str | None]
         self._base_signature = inspect.signature(type(self.base).forward)
         before, after = {"with_kwargs": True}, {"always_call": True}
         self._hooks = [
@@ -121,12 +133,13 @@ class Engine:
         for override in self._overrides:
             override.install()
 
-    def configure(self, pipeline: Pipeline, head: SiglipHead | None) -> None:
-        """Uses `pipeline` from the next prompt on."""
-        needed = self.patch.tower_signals(self.model, pipeline.needs, head) if pipeline.needs else None
-        if self.signals is not None:
-            self.signals.remove()
-        self.pipeline, self.signals = pipeline, needed
+    def configure(self, pipeline: Pipeline, head: SiglipHead | None, source: str | None) -> None:
+        """Uses `pipeline` from the next prompt on. `source` says where the head comes from."""
+        before = getattr(self, "_setup", None)
+        signals = self.patch.tower_signals(self.model, pipeline.needs, head) if pipeline.needs else None
+        self._setup = (pipeline, signals, source)  # in one step: other threads may be encoding
+        if before is not None and before[1] is not None:
+            before[1].remove()
 
     def remove(self) -> None:
         """Takes every hook and override off; the model is itself again. Does nothing the second time."""
@@ -134,21 +147,27 @@ class Engine:
             hook.remove()
         for override in self._overrides:
             override.remove()
-        if self.signals is not None:
-            self.signals.remove()
-        self._hooks, self._overrides, self.signals = [], [], None
+        if hasattr(self, "_setup"):
+            pipeline, signals, _ = self._setup
+            self._setup = (pipeline, None, None)
+            if signals is not None:
+                signals.remove()
+        self._hooks, self._overrides = [], []
 
     # -- the encoder -------------------------------------------------------------------------------------------------
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
+        pipeline, wanted, head = self._setup
+        while wanted is not None and not wanted.acquire():  # another thread is switching
+            pipeline, wanted, head = self._setup
         recording: AbstractContextManager[dict[str, Any]] = nullcontext({})
-        if self.signals is not None:
-            recording = self.signals.recording(self.patch.signal_layer(self.model, given), self.trace.enabled)
+        if wanted is not None:
+            recording = wanted.recording(self.patch.signal_layer(self.model, given), self.trace.enabled)
         with recording as signals:
             output = override.original(*args, **kwargs)
         seconds = signals.pop("seconds", 0.0)
-        encoding = Encoding(self.patch.encoded(self.model, given, signals), seconds)
+        encoding = Encoding(self.patch.encoded(self.model, given, signals), pipeline, head, seconds)
         if not isinstance(output, tuple):
             output.vidcompress = encoding  # generate() encodes first and hands this object to the forward,
         self.local.encoding = encoding  # or a copy without the attribute (accelerate moves it to a device)
@@ -182,15 +201,23 @@ class Engine:
         self.local.pending = Pending(where, None if encoded is None else encoding)
 
     def _refuse_placeholders(self, ids: Tensor | None, cache: Any) -> None:
-        """A fresh prompt with video placeholders and no video cannot be reduced: an error, not silence."""
-        if ids is None or self.local.drafting or (cache is not None and int(cache.get_seq_length())):
+        """A prompt with video placeholders and no video cannot be reduced: an error, not silence."""
+        # A decoded token, or the guesses that generate() verifies, may be placeholders by chance.
+        later = cache is not None and int(cache.get_seq_length())
+        if ids is None or self.local.drafting or (later and (self.local.generating or ids.shape[1] == 1)):
             return
+        self.refuse_placeholders(ids)
+
+    def refuse_placeholders(self, ids: Tensor) -> None:
+        """ValueError if new prompt tokens hold video placeholders although no video came with them."""
         count = int((ids == self.patch.video_token(self.model)).sum())
         if count:
             raise ValueError(f"the prompt holds {count} video placeholders but no video: pass pixel_values_videos")
 
     def _base_after(self, base: nn.Module, args: Any, output: Any) -> None:
         pending, self.local.pending, self.local.running = self.local.pending, None, None
+        if not self.local.generating:
+            self.local.encoding = None
         if pending is not None and output is not None:
             raise RuntimeError(
                 f"a prompt with a video went through {type(base).__name__} and nothing was reduced: its text decoder "
@@ -207,8 +234,6 @@ class Engine:
         if pending is None and state is None:
             return None
         refuse_mask(kwargs.get("attention_mask"))
-        if state is not None:
-            state.served = True
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = sequence.read(kwargs, past, state, self.patch.rotary_axes)
         length = tokens.length
@@ -221,9 +246,11 @@ class Engine:
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         index = rotary = None
         if plan is not None and plan.removed:
-            tokens, index = self._carry_out(plan, tokens)
+            tokens, index = plan.carry_out(tokens)
             rotary = tokens.positions[0] if self.patch.rotary_axes == 1 else tokens.positions
         self._hand_over(kwargs, tokens, contiguous=rotary is not None)
+        if state is not None:
+            state.served = True
         state = None
         if index is not None:
             tail = sequence.untouched(index, tokens.mask, length)
@@ -287,7 +314,7 @@ class Engine:
         where = pending.where.to(tokens.mask.device)
         copies = self._copies(int(where.sum()), videos)
         started = time.perf_counter() if self.trace.enabled else 0.0
-        plan = Plan(Prompt(length_before=tokens.length, signal_seconds=pending.encoding.seconds), started)
+        plan = Plan(pending.encoding.pipeline, _prompt(pending.encoding, tokens.length), started)
         decided: dict[int, tuple[Reduction, Tensor | None]] = {}
         first = following = 0
         for row in range(where.shape[0]):
@@ -306,7 +333,7 @@ class Engine:
                 video = videos[following]
                 mine, newlines, places = places.tensor_split([video.tokens, video.placeholders])
                 if following not in decided:
-                    decided[following] = self._reduce(tokens.embeds[row, mine], video, row, following, plan.prompt)
+                    decided[following] = self._reduce(tokens.embeds[row, mine], video, row, following, plan)
                 reduction, embeds = decided[following]
                 stays[mine[reduction.keep]] = True
                 stays[newlines] = True
@@ -336,11 +363,10 @@ class Engine:
         return found // expected
 
     def _reduce(
-        self, features: Tensor, video: EncodedVideo, row: int, number: int, prompt: Prompt
+        self, features: Tensor, video: EncodedVideo, row: int, number: int, plan: Plan
     ) -> tuple[Reduction, Tensor | None]:
         """The decision for one video and, if it merges, the survivors' embeddings."""
-        assert self.pipeline is not None
-        method = self.pipeline.stages[Site.projector()]
+        method = plan.pipeline.stages[Site.projector()]
         signals = {name: s.to(features.device).flatten(1) for name, s in video.signals.items()}
         signals = {name: s if name == "frame_features" else s.flatten() for name, s in signals.items()}
         if "frame_features" in method.needs and "frame_features" not in signals:
@@ -355,7 +381,7 @@ class Engine:
         if self.trace.enabled:
             synchronise(features.device)
             seconds = time.perf_counter() - start
-            prompt.steps.append(
+            plan.prompt.steps.append(
                 Step(
                     row=row,
                     video=number,
@@ -371,15 +397,11 @@ class Engine:
             )
         return reduction, None if reduction.slot is None else reduction.apply(features)
 
-    def _carry_out(self, plan: Plan, tokens: sequence.Sequence) -> tuple[sequence.Sequence, Tensor]:
-        """The shortened sequence, merged embeddings in place."""
-        assert self.pipeline is not None
-        embeds = tokens.embeds
-        if plan.merged:
-            row = torch.cat([torch.full_like(columns, r) for r, columns, _ in plan.merged])
-            column = torch.cat([columns for _, columns, _ in plan.merged])
-            embeds = embeds.index_put((row, column), torch.cat([new for _, _, new in plan.merged]))
-        return replace(tokens, embeds=embeds).shortened(plan.columns, self.pipeline.positions == "renumber")
+
+def _prompt(encoding: Encoding, length: int) -> Prompt:
+    """The trace's record of a prompt, as it begins."""
+    compression = [{"method": m.name, **m.settings()} for m in encoding.pipeline]
+    return Prompt(length_before=length, signal_seconds=encoding.seconds, compression=compression, head=encoding.head)
 
 
 def _refuse_nonfinite(values: dict[str, Tensor], whose: str) -> None:

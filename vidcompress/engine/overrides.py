@@ -21,6 +21,8 @@ class Override:
     def __init__(self, owner: nn.Module, engine: Engine) -> None:
         self.owner, self.engine = owner, engine
         self.covered = owner.__dict__.get(self.method)  # somebody else's stand-in
+        self.__name__ = self.method
+        self.__doc__ = getattr(getattr(type(owner), self.method, None), "__doc__", None)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What was there before: the class's own method, as a rule."""
@@ -74,13 +76,27 @@ class Generate(Override):
                     "reduced as a whole; use prefill_chunk_size=None (the compressed prompt is short)"
                 )
         local = self.engine.local
+        outer = local.generating, local.encoding, local.drafting
         local.generating, local.encoding = True, None
         # transformers gives a draft model in assisted decoding the prompt without its video
         local.drafting = bool(getattr(config, "is_assistant", False))
         try:
+            if not local.drafting:
+                self._refuse_placeholders(args, kwargs)
             return self.original(*args, **kwargs)
         finally:
-            local.generating = local.encoding = local.drafting = None
+            local.generating, local.encoding, local.drafting = outer
+
+
+    def _refuse_placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A later turn must bring the video of its placeholders along; those before the cache's end are old ones."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        brought = kwargs.get("pixel_values_videos") is not None or kwargs.get("mm_encoder_outputs")
+        if ids is None or brought:
+            return
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.engine.refuse_placeholders(ids[:, past:] if ids.shape[1] > past else ids)
 
 
 class PlainMasks(Override):
@@ -106,7 +122,9 @@ class NoAutoCompile(Override):
 
 
 def refuse_mask(mask: Any) -> None:
-    """ValueError unless `mask` is None or 2-D."""
+    """ValueError unless `mask` is None or 2-D, TypeError if it is no tensor at all."""
+    if isinstance(mask, (list, tuple)):
+        raise TypeError(f"attention_mask is a {type(mask).__name__}; pass a 2-D tensor [batch, length] or none")
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         shape = "a dict of masks" if isinstance(mask, dict) else f"shape {tuple(mask.shape)}"
         raise ValueError(

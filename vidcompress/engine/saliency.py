@@ -8,6 +8,7 @@ FlashAttention and no N x N matrix of all heads exists.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from vidcompress.engine.context import ThreadState
 from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.ops import column_mean_attention
 from vidcompress.precision import full_precision
+
+_lock = threading.Lock()  # of this module, not of an object: models with hooks are copied and pickled
 
 
 class TowerSignals:
@@ -39,6 +42,7 @@ class TowerSignals:
         uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
         self.uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
         self._local = ThreadState()
+        self._users, self._retired = 0, False
         self._hooks = []
         for i, layer in enumerate(layers):
             watched = {"output": layer} if uses_head else {}
@@ -48,14 +52,28 @@ class TowerSignals:
                 self._hooks.append(module.register_forward_hook(functools.partial(self._saw, i, name)))
 
     def remove(self) -> None:
-        """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Takes the hooks off, once no thread records any more."""
+        with _lock:
+            self._retired = True
+            self._take_off()
+
+    def acquire(self) -> bool:
+        """Keeps the hooks on for one recording to come; False if they were removed."""
+        with _lock:
+            self._users += not self._retired
+            return not self._retired
+
+    def _take_off(self) -> None:
+        if self._retired and not self._users:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
 
     @contextmanager
     def recording(self, layer: int, timed: bool) -> Iterator[dict[str, Any]]:
         """While the body runs the tower, catch what is needed of layer `layer`; the yielded dict is filled at its end.
+
+        `acquire` comes before it.
 
         Besides the signals [F, ...] it then holds `seconds`, the time they took, if `timed`.
         """
@@ -71,6 +89,9 @@ class TowerSignals:
                 found["seconds"] = time.perf_counter() - start
         finally:
             self._local.layer = self._local.caught = None
+            with _lock:
+                self._users -= 1
+                self._take_off()
 
     @torch.no_grad()
     def _compute(self, layer: Any, caught: dict[str, Tensor]) -> dict[str, Tensor]:

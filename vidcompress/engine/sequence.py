@@ -118,7 +118,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def scatter(x: Tensor, index: Tensor, real: Tensor, length: int) -> Tensor:
     """The reverse of `take` for real tokens: [B, n, C] -> [B, length, C], zeros where nothing came from."""
     row, column = real.nonzero(as_tuple=True)
-    return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_put((row, index[row, column]), x[row, column])
+    place = index[row, column].to(x.device)  # a decoder spread over devices ends on another one than it began
+    row, column = row.to(x.device), column.to(x.device)
+    return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_put((row, place), x[row, column])
 
 
 def untouched(index: Tensor, real: Tensor, length: int) -> int:

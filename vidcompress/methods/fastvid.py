@@ -51,8 +51,9 @@ class FastVID(Method):
         attention = tokens.signal("saliency.head").view(t, p)
         salient = top_tokens(attention, torch.tensor(salient_count))  # [T, P]
         # 4. Density peaks of the anchor frames (DTM).
-        frames = torch.tensor([f for f, m in enumerate(anchor_count) if m], device=x.device, dtype=torch.long)
-        counts = torch.tensor([anchor_count[f] for f in frames.tolist()], device=x.device)
+        own = [f for f, m in enumerate(anchor_count) if m]
+        frames = torch.tensor(own, device=x.device, dtype=torch.long)
+        counts = torch.tensor([anchor_count[f] for f in own], device=x.device)
         score = density_peaks(x[frames], ~salient[frames], self.neighbours, self.density_ties)
         anchor = torch.zeros_like(salient)
         anchor[frames] = top_tokens(score, counts)

@@ -2,7 +2,7 @@
 
 FastVID's pipeline with three additions: positions that do not change within a segment are not picked again and again
 (TFD); segments that are unlike the rest or rich in themselves get more tokens (CABA); a picked static token carries the
-mean of its position over the segment. docs/decisions.md says what the paper leaves open.
+mean of its position over the segment. A reconstruction: docs/decisions.md, D14, says from what.
 """
 
 from __future__ import annotations
@@ -106,12 +106,16 @@ class InfoMerge(Method):
         """([T, P] picked, [T, P] replaced by the segment's mean): in time order, all segments side by side."""
         picked = torch.zeros_like(attention, dtype=torch.bool)
         replaced, history = torch.zeros_like(picked), torch.zeros_like(static)
-        for step in range(max(end - start for start, end in segments)):
-            alive = [k for k, (start, end) in enumerate(segments) if start + step < end]
-            frame = [segments[k][0] + step for k in alive]
-            now = ops.top_tokens(self._penalised(attention[frame], history[alive]), count[frame])
-            history[alive] |= now & static[alive]
-            picked[frame], replaced[frame] = now, history[alive]
+        lengths = [end - start for start, end in segments]
+        order = sorted(range(len(segments)), key=lambda k: -lengths[k])  # the longest first: the others drop out
+        first = torch.tensor([segments[k][0] for k in order], device=attention.device)
+        static, count = static[order], count.to(attention.device)
+        for step in range(max(lengths)):
+            n = sum(length > step for length in lengths)
+            frame = first[:n] + step
+            now = ops.top_tokens(self._penalised(attention[frame], history[:n]), count[frame])
+            history[:n] |= now & static[:n]
+            picked[frame], replaced[frame] = now, history[:n]
         return picked, replaced
 
     def _penalised(self, attention: Tensor, again: Tensor) -> Tensor:
