@@ -158,12 +158,15 @@ class Engine:
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
-        pipeline, wanted, head = self._setup
-        while wanted is not None and not wanted.acquire():  # another thread is switching
-            pipeline, wanted, head = self._setup
         recording: AbstractContextManager[dict[str, Any]] = nullcontext({})
-        if wanted is not None:
-            recording = wanted.recording(self.patch.signal_layer(self.model, given), self.trace.enabled)
+        while True:
+            pipeline, wanted, head = self._setup
+            if wanted is None:
+                break
+            layer = self.patch.signal_layer(self.model, given)
+            if wanted.acquire():  # else another thread is switching
+                recording = wanted.recording(layer, self.trace.enabled)
+                break
         with recording as signals:
             output = override.original(*args, **kwargs)
         seconds = signals.pop("seconds", 0.0)
