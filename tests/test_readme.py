@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import vidcompress
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -35,20 +37,27 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_first_lines_run(tmp_path, monkeypatch, capsys):
+def test_every_block_of_code_runs_in_order(tmp_path, monkeypatch, capsys):
+    import torch
     import transformers
 
     from vidcompress.demo import make_checkpoint, make_clip
 
     make_clip(tmp_path / "clip.mp4")
     checkpoint = make_checkpoint(tmp_path / "model")
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    code = code.replace("llava-hf/llava-onevision-qwen2-7b-ov-hf", str(checkpoint)).replace("bfloat16", "float32")
+    text = README.replace("llava-hf/llava-onevision-qwen2-7b-ov-hf", str(checkpoint)).replace("bfloat16", "float32")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    names = ("AutoModelForImageTextToText", "LlavaOnevisionForConditionalGeneration", "pipeline")
+    scope = {name: getattr(transformers, name) for name in names}
+    scope |= {"transformers": transformers, "torch": torch, "follow_up": "And then?"}
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="falls back"):
-        exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
-    assert transformers.AutoModelForImageTextToText.__module__.startswith("transformers")
+        for code in blocks:
+            exec(compile(code, "README.md", "exec"), scope)
+    *answer, kept = capsys.readouterr().out.strip().splitlines()
+    assert answer and kept == "512 64"  # 32 frames of 4 x 4 tokens, and 2 of every 16 at 15 %
+    assert scope["second"].shape[1] > scope["ids"].shape[1]
 
 
 def test_numbers_of_the_first_screen():
@@ -60,6 +69,8 @@ def test_numbers_of_the_first_screen():
         """Keys and values of 28 layers, 4 heads of 128, 2 bytes each."""
         return n * 28 * 2 * 4 * 128 * 2 / 1e6
 
+    kept = vidcompress.load("fastvid", retention_ratio=0.15).budget((32, 14, 14))
+    assert f"# {32 * 196} {kept}" in README
     assert f"{32 * 196:,} visual tokens: {tflops(6272):.1f} TFLOPs" in README
     assert f"{megabytes(6272):.0f} MB of KV cache" in README
     assert f"627 tokens, {tflops(627):.1f} TFLOPs and {megabytes(627):.0f} MB" in README

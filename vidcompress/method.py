@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import torch
+
+from vidcompress.precision import full_precision
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 
@@ -81,10 +84,6 @@ class Method:
 
     def decide(self, tokens: VideoTokens, site: Site) -> Reduction:
         """`reduce`, with the promises kept: a budget that covers all tokens changes nothing, and the count is exact."""
-        import torch
-
-        from vidcompress.precision import full_precision
-
         if site == Site.projector() and self.budget(tokens.grid) >= len(tokens):
             return Reduction.identity(len(tokens), tokens.features.device)
         with torch.no_grad(), full_precision(tokens.features.device):

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vidcompress.ops import merge
+from vidcompress.precision import full_precision
+
 Grid = tuple[int, int, int]
 """Frames, rows and columns of one video's tokens, after the projector's pooling and without newline tokens."""
 
@@ -145,9 +148,6 @@ class Reduction:
             raise ValueError(f"this reduction maps {self.num_source} tokens, got {features.shape[0]}")
         if self.slot is None:
             return features[self.keep]
-        from vidcompress.ops import merge
-        from vidcompress.precision import full_precision
-
         assert self.source is not None and self.weight is not None
         with full_precision(features.device):
             return merge(features, self.keep, self.slot, self.source, self.weight)
@@ -193,11 +193,12 @@ class Reduction:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable: keep, num_source, merge triplets (or None) and notes."""
-        merge = None
+        triplets = None
         if self.slot is not None:
             assert self.source is not None and self.weight is not None
-            merge = {name: getattr(self, name).tolist() for name in ("slot", "source", "weight")}
-        return {"keep": self.keep.tolist(), "num_source": self.num_source, "merge": merge, "notes": _plain(self.notes)}
+            triplets = {name: getattr(self, name).tolist() for name in ("slot", "source", "weight")}
+        facts = {"keep": self.keep.tolist(), "num_source": self.num_source}
+        return facts | {"merge": triplets, "notes": _plain(self.notes)}
 
 
 def _plain(value: Any) -> Any:

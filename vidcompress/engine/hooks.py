@@ -4,7 +4,7 @@ No forward is rewritten. The model places all features itself; then, in this ord
 
     get_video_features    its grid and signals are noted                                      (`encode`)
     base model, before    does this forward hold a video?                                     (`_base_before`)
-    decoder, before       every video is reduced; embeddings, mask and positions follow       (`_decoder_before`)
+    decoder, before       every video is reduced (`Plan`); embeddings, mask and positions follow (`_decoder_before`)
     rotary embedding      gets the survivors' true positions                                  (`_rotary_before`)
     decoder, after        hidden states go back to the caller's length, the cache is noted    (`_decoder_after`)
 
@@ -15,9 +15,8 @@ to FlashAttention. On later steps the caller's mask is mapped to what the cache 
 from __future__ import annotations
 
 import inspect
-import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,24 +27,14 @@ from vidcompress.engine import sequence
 from vidcompress.engine.cache import CacheState, commit, state_of
 from vidcompress.engine.context import ThreadState
 from vidcompress.engine.overrides import Generate, GetVideoFeatures, NoAutoCompile, Override, PlainMasks, refuse_mask
-from vidcompress.engine.saliency import TowerSignals, synchronise
+from vidcompress.engine.plan import Encoding, Plan
+from vidcompress.engine.saliency import TowerSignals
 from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.method import Pipeline
-from vidcompress.tokens import Reduction, Site, VideoTokens
-from vidcompress.trace import Prompt, Step, Trace
+from vidcompress.trace import Trace
 
 if TYPE_CHECKING:
-    from vidcompress.patches.base import EncodedVideo, Patch
-
-
-@dataclass
-class Encoding:
-    """The videos of one call of `get_video_features`, what is to become of them, and the seconds their signals took."""
-
-    videos: list[EncodedVideo]
-    pipeline: Pipeline
-    head: str | None
-    seconds: float
+    from vidcompress.patches.base import Patch
 
 
 @dataclass
@@ -61,48 +50,21 @@ class Running:
     """A forward of the decoder between its hooks.
 
     Attributes:
-        state: what to note on the cache afterwards, if anything was removed.
         cache: the cache, or None.
-        index, real: [B, n] the caller's column of every token, and whether it is one; None if nothing was removed.
         length: the caller's length.
-        rotary: position ids for the rotary embedding, or None if the decoder has the true ones.
+        state: what to note on the cache afterwards; this and the following are None if nothing was removed.
+        index, real: [B, n] the caller's column of every token, and whether it is one.
+        rotary: the survivors' position ids, for the rotary embedding.
         placed: whether the rotary embedding got them.
     """
 
-    state: CacheState | None
     cache: Any
     length: int
+    state: CacheState | None = None
     index: Tensor | None = None
     real: Tensor | None = None
     rotary: Tensor | None = None
     placed: bool = False
-
-
-@dataclass
-class Plan:
-    """What becomes of every row: the columns that stay, and new embeddings for some of them.
-
-    Attributes:
-        pipeline: the methods that were asked.
-        prompt: the trace's record, filled on the way.
-        started: when the work on this prompt began, in seconds of `time.perf_counter`.
-    """
-
-    pipeline: Pipeline
-    prompt: Prompt
-    started: float
-    columns: list[Tensor] = field(default_factory=list)
-    merged: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # row, columns [K], embeddings [K, C]
-    removed: int = 0
-
-    def carry_out(self, tokens: sequence.Sequence) -> tuple[sequence.Sequence, Tensor]:
-        """The shortened sequence, merged embeddings in place, and the column each of its tokens came from."""
-        embeds = tokens.embeds
-        if self.merged:
-            row = torch.cat([torch.full_like(columns, r) for r, columns, _ in self.merged])
-            column = torch.cat([columns for _, columns, _ in self.merged])
-            embeds = embeds.index_put((row, column), torch.cat([new for _, _, new in self.merged]))
-        return replace(tokens, embeds=embeds).shortened(self.columns, self.pipeline.positions == "renumber")
 
 
 class Engine:
@@ -240,27 +202,30 @@ class Engine:
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = sequence.read(kwargs, past, state, self.patch.rotary_axes)
         length = tokens.length
-        plan = None if pending is None else self._plan(tokens, pending)
-        if state is None and (plan is None or not plan.removed):
-            self._record(plan, length)
+        plan = None
+        if pending is not None:
+            assert pending.encoding is not None
+            plan = Plan.make(tokens, pending.where, pending.encoding, self.trace.enabled)
+        if state is None and (plan is None or not plan.changed):
+            if plan is not None:
+                plan.record(self.trace, length)
             return None
         use_cache = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-        index = rotary = None
-        if plan is not None and plan.removed:
-            tokens, index = plan.carry_out(tokens)
-            rotary = tokens.positions[0] if self.patch.rotary_axes == 1 else tokens.positions
-        self._hand_over(kwargs, tokens, contiguous=rotary is not None)
+        running = Running(cache, length)
+        if plan is not None and plan.changed:
+            tokens, running.index = plan.carry_out(tokens)
+            running.real, running.rotary = tokens.mask, tokens.position_ids
+            tail = sequence.untouched(running.index, tokens.mask, length)
+            stored = tokens.full_mask.shape[1] - tail
+            running.state = CacheState(past + length - tail, tokens.full_mask[:, :stored], tokens.shift)
+        self._hand_over(kwargs, tokens, contiguous=running.rotary is not None)
+        if plan is not None:
+            plan.record(self.trace, tokens.length)
         if state is not None:
             state.served = True
-        state = None
-        if index is not None:
-            tail = sequence.untouched(index, tokens.mask, length)
-            stored = tokens.full_mask.shape[1] - tail
-            state = CacheState(past + length - tail, tokens.full_mask[:, :stored], tokens.shift)
-        self.local.running = Running(state, cache, length, index, tokens.mask, rotary)
-        self._record(plan, tokens.length)
+        self.local.running = running
         return args, kwargs
 
     def _hand_over(self, kwargs: dict[str, Any], tokens: sequence.Sequence, contiguous: bool) -> None:
@@ -272,7 +237,7 @@ class Engine:
         if contiguous:
             kwargs["position_ids"] = torch.arange(n, device=tokens.mask.device).expand(batch, -1)
         else:
-            kwargs["position_ids"] = tokens.positions[0] if self.patch.rotary_axes == 1 else tokens.positions
+            kwargs["position_ids"] = tokens.position_ids
 
     def _rotary_before(
         self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -308,111 +273,3 @@ class Engine:
         if output.hidden_states is not None:
             output.hidden_states = tuple(back(hidden) for hidden in output.hidden_states)
         return output
-
-    # -- the reduction -----------------------------------------------------------------------------------------------
-    def _plan(self, tokens: sequence.Sequence, pending: Pending) -> Plan:
-        """Asks the method about every video, row by row."""
-        assert pending.encoding is not None
-        videos = pending.encoding.videos
-        where = pending.where.to(tokens.mask.device)
-        copies = self._copies(int(where.sum()), videos)
-        started = time.perf_counter() if self.trace.enabled else 0.0
-        plan = Plan(pending.encoding.pipeline, _prompt(pending.encoding, tokens.length), started)
-        decided: dict[int, tuple[Reduction, Tensor | None]] = {}
-        first = following = 0
-        for row in range(where.shape[0]):
-            if row % copies:
-                following = first  # beams and return sequences of one sample share its videos
-            else:
-                first = following
-            stays = tokens.mask[row] & ~where[row]
-            places = where[row].nonzero().squeeze(1)
-            while places.numel():
-                if following == len(videos) or places.numel() < videos[following].placeholders:
-                    raise ValueError(
-                        f"row {row} has {int(where[row].sum())} video placeholders, which is no whole number of its "
-                        f"videos ({[v.placeholders for v in videos]} placeholders each); a truncated prompt?"
-                    )
-                video = videos[following]
-                mine, newlines, places = places.tensor_split([video.tokens, video.placeholders])
-                if following not in decided:
-                    decided[following] = self._reduce(tokens.embeds[row, mine], video, row, following, plan)
-                reduction, embeds = decided[following]
-                stays[mine[reduction.keep]] = True
-                stays[newlines] = True
-                if embeds is not None:
-                    plan.merged.append((row, mine[reduction.keep], embeds))
-                plan.removed += video.tokens - len(reduction)
-                following += 1
-            plan.columns.append(stays.nonzero().squeeze(1))
-        return plan
-
-    def _record(self, plan: Plan | None, length: int) -> None:
-        """Ends the record of a prompt that the decoder is about to run over with `length` tokens."""
-        if plan is not None and self.trace.enabled:
-            synchronise(plan.columns[0].device)
-            plan.prompt.seconds = time.perf_counter() - plan.started
-            plan.prompt.length_after = length
-            self.trace.prompts.append(plan.prompt)
-
-    def _copies(self, found: int, videos: list[EncodedVideo]) -> int:
-        """How often every sample was repeated (beams, num_return_sequences)."""
-        expected = sum(v.placeholders for v in videos)
-        if not expected or not found or found % expected:
-            raise ValueError(
-                f"the prompt holds {found} video placeholders, its {len(videos)} videos need {expected} (a newline "
-                "token each included); was it tokenised for other frames, truncated, or cut into prefill chunks?"
-            )
-        return found // expected
-
-    def _reduce(
-        self, features: Tensor, video: EncodedVideo, row: int, number: int, plan: Plan
-    ) -> tuple[Reduction, Tensor | None]:
-        """The decision for one video and, if it merges, the survivors' embeddings."""
-        method = plan.pipeline.stages[Site.projector()]
-        signals = {name: s.to(features.device).flatten(1) for name, s in video.signals.items()}
-        signals = {name: s if name == "frame_features" else s.flatten() for name, s in signals.items()}
-        if "frame_features" in method.needs and "frame_features" not in signals:
-            # Without a pooling head: the mean of the frame's tokens, FastVID's rule for towers that have none.
-            signals["frame_features"] = features.detach().unflatten(0, (video.grid[0], -1)).float().mean(1)
-        _refuse_nonfinite({"projector output": features, **signals}, f"video {number} (row {row})")
-        start = 0.0
-        if self.trace.enabled:
-            synchronise(features.device)
-            start = time.perf_counter()
-        reduction = method.decide(VideoTokens(features.detach(), video.grid, None, signals), Site.projector())
-        if self.trace.enabled:
-            synchronise(features.device)
-            seconds = time.perf_counter() - start
-            plan.prompt.steps.append(
-                Step(
-                    row=row,
-                    video=number,
-                    site=Site.projector(),
-                    method=method.name,
-                    grid=video.grid,
-                    before=video.tokens,
-                    after=len(reduction),
-                    newlines=video.newlines,
-                    seconds=seconds,
-                    reduction=reduction,
-                )
-            )
-        return reduction, None if reduction.slot is None else reduction.apply(features)
-
-
-def _prompt(encoding: Encoding, length: int) -> Prompt:
-    """The trace's record of a prompt, as it begins."""
-    compression = [{"method": m.name, **m.settings()} for m in encoding.pipeline]
-    return Prompt(length_before=length, signal_seconds=encoding.seconds, compression=compression, head=encoding.head)
-
-
-def _refuse_nonfinite(values: dict[str, Tensor], whose: str) -> None:
-    """ValueError that names the tensor holding NaN or inf; one wait for the device if all is well."""
-    finite = torch.stack([v.isfinite().all() for v in values.values()])
-    if not finite.all():
-        bad = [name for name, ok in zip(values, finite.tolist(), strict=True) if not ok]
-        raise ValueError(
-            f"{' and '.join(bad)} of {whose} holds NaN or inf; tokens cannot be compared. "
-            "Look at the input frames, and at the dtype of the vision tower (fp16 overflows where bf16 does not)"
-        )

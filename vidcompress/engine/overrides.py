@@ -87,7 +87,6 @@ class Generate(Override):
         finally:
             local.generating, local.encoding, local.drafting = outer
 
-
     def _refuse_placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A later turn must bring the video of its placeholders along; those before the cache's end are old ones."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))

@@ -73,9 +73,7 @@ class TowerSignals:
     def recording(self, layer: int, timed: bool) -> Iterator[dict[str, Any]]:
         """While the body runs the tower, catch what is needed of layer `layer`; the yielded dict is filled at its end.
 
-        `acquire` comes before it.
-
-        Besides the signals [F, ...] it then holds `seconds`, the time they took, if `timed`.
+        Besides the signals [F, ...] it then holds `seconds`, the time they took, if `timed`. `acquire` comes before it.
         """
         found: dict[str, Any] = {}
         self._local.layer, self._local.caught = layer, {}

@@ -40,6 +40,11 @@ class Sequence:
         """[B, stored + L] bool: every key this forward can see, causality aside."""
         return torch.cat([self.past_mask, self.mask], 1)
 
+    @property
+    def position_ids(self) -> Tensor:
+        """The positions as a decoder takes them: [B, L], or [3, B, L] for M-RoPE."""
+        return self.positions[0] if self.positions.shape[0] == 1 else self.positions
+
     def shortened(self, columns: Rows[Tensor], renumber: bool) -> tuple[Sequence, Tensor]:
         """The sequence of the given columns, rows padded on the left to the longest.
 
