@@ -76,6 +76,14 @@ class Patch:
         """Id of the placeholder token."""
         return self.base(model).config.video_token_id
 
+    def image_token(self, model: nn.Module) -> int | None:
+        """Id of the placeholder token of images; None if the model knows none."""
+        return getattr(self.base(model).config, "image_token_id", None)
+
+    def deepstack_layers(self, model: nn.Module) -> int:
+        """How many of the decoder's first layers add vision features to the video tokens."""
+        return 0
+
     def encoded(
         self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
     ) -> list[EncodedVideo]:

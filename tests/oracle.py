@@ -1,14 +1,16 @@
 """What a compressed model has to answer, recomputed without the engine: no hook, no cache, one row without padding.
 
-Everything is taken from a plain (uncompressed) copy of the model. The prompt is shortened here, and every decoding step
-runs all layers anew under an explicit causal mask. The only thing shared with the library is `Method.decide`.
+Everything is taken from a plain (uncompressed) copy of the model. The prompt is shortened here, before the decoder and
+at the input of its layers, each decision on a pass of its own through all layers under an explicit causal mask, with
+attention as a full softmax matrix. Every decoding step runs all layers anew. Decisions are made once, turn by turn, and
+never see what was said later. The only thing shared with the library is `Method.decide`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,25 +19,53 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vidcompress import Method, Reduction, Site, VideoTokens
+from vidcompress.method import Pipeline
 
 Inputs = Mapping[str, Tensor]
+Turns = Sequence[tuple[int, "Method | Pipeline"]]
+"""Earlier turns: how many columns of the prompt had been said by then, and by what they were compressed."""
 
 TOLERANCE: dict[str, float] = {"atol": 2e-4, "rtol": 1e-3}
 """For logits in fp32 that were summed in another order; the tiny models' logits are of size 1 to 10."""
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The prompt from some decoder layer on: [n, m] dense map of the m tokens before, rotary positions [1, n], and the
+    column [n] of the caller's prompt that each token came from.
+    """
+
+    map: Tensor
+    positions: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A shortened prompt: embeds [1, n, C], rotary positions [1, n], and the column [n] of the caller's prompt that
-    each token came from.
+    """A shortened prompt: embeds [1, n, C], rotary positions [1, n], the column [n] of the caller's prompt that each
+    token came from, and by layer where it is shortened further.
     """
 
     embeds: Tensor
     positions: Tensor
     columns: Tensor
+    stages: Mapping[int, Stage] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.columns.numel()
+
+    def at(self, layer: int) -> Tensor:
+        """[n] caller's columns that a decoder layer runs over."""
+        return next((s.columns for first, s in sorted(self.stages.items())[::-1] if first <= layer), self.columns)
+
+    @property
+    def left(self) -> Tensor:
+        """[n] caller's columns of the tokens that leave the last layer."""
+        return self.at(1 << 30)
+
+    def lengths(self, depth: int) -> list[int]:
+        """Tokens that every decoder layer runs over."""
+        return [self.at(layer).numel() for layer in range(depth)]
 
 
 @dataclass(frozen=True)
@@ -44,6 +74,59 @@ class Answer:
 
     tokens: Tensor
     logits: Tensor
+
+
+@dataclass
+class Video:
+    """One video of a prompt: the caller's columns of its tokens (the newline is none), what the tower says of it, and
+    the decisions made so far, by layer (-1 for the projector).
+    """
+
+    columns: Tensor
+    grid: tuple[int, int, int]
+    signals: Mapping[str, Tensor]
+    decided: dict[int, Reduction] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def index(self, layer: int) -> Tensor:
+        """[M] places in the grid of the tokens that are left behind the site at `layer`."""
+        index = torch.arange(len(self.columns))
+        for site in sorted(self.decided):
+            if site <= layer:
+                index = index[self.decided[site].keep]
+        return index
+
+
+@dataclass
+class Turn:
+    """Columns `begin` to `end` of the prompt, and what becomes of its videos."""
+
+    begin: int
+    end: int
+    stages: Mapping[Site, Method]
+    videos: list[Video]
+
+    def left(self, layer: int) -> Tensor:
+        """[n] its columns that are left behind the site at `layer`."""
+        stays = torch.ones(self.end, dtype=torch.bool)
+        stays[: self.begin] = False
+        for video in self.videos:
+            stays[video.columns] = False
+            stays[video.columns[video.index(layer)]] = True
+        return stays.nonzero().squeeze(1)
+
+    def positions(self, layer: int, closed: int) -> Tensor:
+        """[n] positions of these at `layer`, where renumbering closed so many gaps in the turns before."""
+        columns = torch.arange(self.begin, self.end)
+        positions = columns - closed
+        for site, method in self.stages.items():
+            decided = [v.decided[site.layer] for v in self.videos if site.layer in v.decided]
+            if site.layer <= layer and not all(r.is_identity for r in decided):
+                stays = torch.isin(columns, self.left(site.layer))
+                columns, positions = columns[stays], positions[stays]
+                if method.positions == "renumber":
+                    positions = positions[0] + torch.arange(len(positions))
+        return positions
 
 
 def row(inputs: Inputs, b: int) -> dict[str, Tensor]:
@@ -60,39 +143,114 @@ def row(inputs: Inputs, b: int) -> dict[str, Tensor]:
     return alone
 
 
+# -- shortening --------------------------------------------------------------------------------------------------------
 def shorten(
-    model: Any, inputs: Inputs, method: Method, signals: Sequence[Mapping[str, Tensor]] | None = None
+    model: Any,
+    inputs: Inputs,
+    method: Method | Pipeline,
+    signals: Sequence[Mapping[str, Tensor]] | None = None,
+    turns: Turns = (),
 ) -> Prompt:
     """The prompt as the decoder should see it. Differentiable in the model's weights.
 
     Args:
-        signals: what `method.needs`, one mapping for every video; by default `tower_signals` of the model.
+        signals: what the vision tower gives, one mapping for every video; by default `tower_signals` of the model.
+        turns: what was said, and compressed, before.
     """
-    ids = inputs["input_ids"]
-    config = model.config
+    embeds = embedded(model, inputs)
+    videos = find_videos(model, inputs, signals)
+    done: list[Turn] = []
+    for end, by in (*turns, (embeds.shape[1], method)):
+        begin = done[-1].end if done else 0
+        mine = [v for v in videos if begin <= v.columns[0] < end]
+        stages = Pipeline.of(by).stages(len(model.model.language_model.layers))
+        done.append(Turn(begin, end, stages, mine))
+        if mine:
+            decide(model, embeds.detach(), inputs["input_ids"][0], done)
+    return assemble(embeds, done)
+
+
+def embedded(model: Any, inputs: Inputs) -> Tensor:
+    """[1, L, C] the whole prompt, features in place."""
+    ids, config = inputs["input_ids"], model.config
     embeds = model.get_input_embeddings()(ids)
-    stays = torch.ones(ids.shape[1], dtype=torch.bool)
     if "pixel_values" in inputs:
         encoded = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
         embeds = embeds.masked_scatter((ids == config.image_token_id)[..., None], torch.cat(encoded.pooler_output))
     if "pixel_values_videos" in inputs:
-        pixels = inputs["pixel_values_videos"]
-        grid = video_grid(pixels.shape[1], pixels.shape[-1])
-        features = video_features(model, pixels)
-        if signals is None:
-            signals = tower_signals(model, pixels) if method.needs else [{}] * len(pixels)
-        places = (ids[0] == config.video_token_id).nonzero().squeeze(1).view(len(pixels), -1)
-        for video, place in enumerate(places):
-            tokens, newline = features[video, :-1], features[video, -1:]
-            wanted = {name: signals[video][name] for name in method.needs}
-            reduction = method.decide(VideoTokens(tokens.detach(), grid, None, wanted), Site.projector())
-            stays[place[:-1]] = False
-            stays[place[reduction.keep]] = True
-            embeds = embeds.index_copy(1, place[reduction.keep], (matrix(reduction) @ tokens)[None])
-            embeds = embeds.index_copy(1, place[-1:], newline[None])
-    columns = stays.nonzero().squeeze(1)
-    positions = torch.arange(len(columns)) if method.positions == "renumber" else columns
-    return Prompt(embeds[:, columns], positions[None], columns)
+        features = video_features(model, inputs["pixel_values_videos"])
+        embeds = embeds.masked_scatter((ids == config.video_token_id)[..., None], features.flatten(0, 1))
+    return embeds
+
+
+def find_videos(model: Any, inputs: Inputs, signals: Sequence[Mapping[str, Tensor]] | None) -> list[Video]:
+    """The videos of a prompt, in order, nothing decided."""
+    if "pixel_values_videos" not in inputs:
+        return []
+    pixels = inputs["pixel_values_videos"]
+    signals = tower_signals(model, pixels) if signals is None else signals
+    places = (inputs["input_ids"][0] == model.config.video_token_id).nonzero().view(len(pixels), -1)
+    grid = video_grid(pixels.shape[1], pixels.shape[-1])
+    return [Video(place[:-1], grid, seen) for place, seen in zip(places, signals)]
+
+
+@torch.no_grad()
+def decide(model: Any, embeds: Tensor, ids: Tensor, turns: list[Turn]) -> None:
+    """What becomes of the videos of the last turn, site by site."""
+    turn = turns[-1]
+    last_video = max(int(v.columns[-1]) + 1 for v in turn.videos)  # its newline
+    column = torch.arange(turn.end)
+    text = column[(column > last_video) & ~torch.isin(ids[: turn.end], torch.tensor(SPECIAL))]
+    last = column[-1:]
+    text = text if len(text) else last
+    for site, method in turn.stages.items():
+        prompt = assemble(embeds, turns)
+        layers = entering(model, prompt)
+        hidden, columns = (prompt.embeds[0], prompt.columns) if site.layer < 0 else layers[site.layer][::2]
+        decided = {}
+        for v, video in enumerate(turn.videos):
+            index = video.index(site.layer)
+            place = torch.searchsorted(columns, video.columns[index])
+            signals = {name: s if name == "frame_features" else s[index] for name, s in video.signals.items()}
+            if site.is_inner:
+                signals |= decoder_signals(model, layers, site.layer, video.columns[index], text, last)
+            decided[v] = method.decide(
+                VideoTokens(
+                    hidden[place],
+                    video.grid,
+                    index if site.is_inner else None,
+                    {name: signals[name] for name in method.needs & signals.keys()},
+                    video.notes.get(method.name, {}),
+                    len(video.index(-1)),
+                ),
+                site,
+            )
+        for v, reduction in decided.items():
+            turn.videos[v].decided[site.layer] = reduction
+            turn.videos[v].notes.setdefault(method.name, {}).update(reduction.notes)
+
+
+def assemble(embeds: Tensor, turns: Sequence[Turn]) -> Prompt:
+    """What was said so far, shortened by all decisions made so far."""
+    columns = torch.arange(turns[-1].end)
+    hidden, stages = embeds[:, columns], {}
+    for layer in sorted({-1} | {layer for turn in turns for video in turn.videos for layer in video.decided}):
+        dense = torch.eye(len(columns))
+        for video in (v for turn in turns for v in turn.videos if layer in v.decided):
+            place = torch.searchsorted(columns, video.columns[video.index(layer - 1)])
+            dense[place] = 0
+            rows = place[video.decided[layer].keep]
+            dense[rows[:, None], place] = matrix(video.decided[layer])
+        left, positions, closed = [], [], 0
+        for turn in turns:
+            left.append(turn.left(layer))
+            positions.append(turn.positions(layer, closed))
+            closed = turn.end - 1 - int(positions[-1][-1])
+        stays = torch.isin(columns, torch.cat(left))
+        dense, columns = dense[stays], columns[stays]
+        stages[layer] = Stage(dense, torch.cat(positions)[None], columns)
+    first = stages.pop(-1)
+    return Prompt(first.map @ hidden, first.positions, first.columns, stages)
 
 
 def video_features(model: Any, pixels: Tensor) -> Tensor:
@@ -117,6 +275,7 @@ def matrix(reduction: Reduction) -> Tensor:
     return dense
 
 
+# -- signals -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def tower_signals(model: Any, pixels: Tensor, layer: int = -1) -> list[dict[str, Tensor]]:
     """What a method sees of every video if there is no pooling head, from the full attention of an eager tower.
@@ -136,24 +295,83 @@ def tower_signals(model: Any, pixels: Tensor, layer: int = -1) -> list[dict[str,
     ]
 
 
+def decoder_signals(
+    model: Any, layers: Sequence[tuple[Tensor, Tensor, Tensor]], layer: int, video: Tensor, text: Tensor, last: Tensor
+) -> dict[str, Tensor]:
+    """Every signal of a decoder layer about the tokens at the caller's columns `video`.
+
+    Args:
+        layers: what enters every layer, as `entering` says it.
+        text, last: columns of the text and of the last token.
+    """
+
+    def paid(layer: int, queries: Tensor) -> Tensor:
+        """[H, Q, M]"""
+        columns = layers[layer][2]
+        weights = attention(model, layer, *layers[layer][:2])
+        return weights[:, torch.searchsorted(columns, queries)][..., torch.searchsorted(columns, video)]
+
+    hidden, _, columns = layers[layer]
+    found = {
+        "text_attention": paid(layer, text).mean(0).amax(0),
+        "text_attention.heads": paid(layer, text),
+        "last_query_attention": paid(layer, last).mean((0, 1)),
+        "text_hidden": hidden[torch.searchsorted(columns, text)],
+        "last_text_hidden": hidden[-1],
+    }
+    if layer:
+        found["last_query_attention.previous"] = paid(layer - 1, last).mean((0, 1))
+    return found
+
+
+def attention(model: Any, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
+    """[H, n, n] softmax matrix of a layer that gets hidden [n, C] at positions [1, n]."""
+    decoder = model.model.language_model
+    module = copy.deepcopy(decoder.layers[layer].self_attn)
+    module.config._attn_implementation = "eager"
+    states = decoder.layers[layer].input_layernorm(hidden[None])
+    rotary = decoder.rotary_emb(states, positions)
+    return module(states, position_embeddings=rotary, attention_mask=causal(states))[1][0]
+
+
+# -- the decoder -------------------------------------------------------------------------------------------------------
+def causal(hidden: Tensor) -> Tensor:
+    """[1, 1, n, n] additive mask of hidden [1, n, C]."""
+    n = hidden.shape[1]
+    return torch.full((1, 1, n, n), torch.finfo(hidden.dtype).min).triu(1)
+
+
+def run(model: Any, prompt: Prompt, new: Sequence[int] = ()) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What enters every layer, (hidden [1, n, C], positions [1, n]), and what leaves the last [1, n, C]."""
+    decoder = model.model.language_model
+    words = model.get_input_embeddings()(torch.tensor([list(new)], dtype=torch.long))
+    hidden = torch.cat([prompt.embeds, words], 1)
+    said, entered = prompt.positions, []
+    for i, layer in enumerate(decoder.layers):
+        if i in prompt.stages:
+            stage = prompt.stages[i]
+            before = stage.map.shape[1]
+            hidden = torch.cat([stage.map @ hidden[:, :before], hidden[:, before:]], 1)
+            said = stage.positions
+        positions = torch.cat([said, said[:, -1:] + 1 + torch.arange(len(new))], 1)
+        entered.append((hidden, positions))
+        rotary = decoder.rotary_emb(hidden, positions)
+        hidden = layer(hidden, attention_mask=causal(hidden), position_embeddings=rotary, position_ids=None)
+    return entered, hidden
+
+
+def entering(model: Any, prompt: Prompt) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What enters every layer: hidden [n, C], positions [1, n], and the caller's columns [n]."""
+    return [(hidden[0], positions, prompt.at(i)) for i, (hidden, positions) in enumerate(run(model, prompt)[0])]
+
+
 def hidden_states(model: Any, prompt: Prompt, new: Sequence[int] = ()) -> Tensor:
     """[n + new, C] after the last norm, for the prompt followed by the tokens `new`."""
-    decoder = model.model.language_model
-    hidden, positions = prompt.embeds, prompt.positions
-    if new:
-        following = prompt.positions[0, -1] + 1 + torch.arange(len(new))
-        hidden = torch.cat([hidden, model.get_input_embeddings()(torch.tensor([list(new)]))], 1)
-        positions = torch.cat([positions, following[None]], 1)
-    n = hidden.shape[1]
-    mask = torch.full((1, 1, n, n), torch.finfo(hidden.dtype).min).triu(1)
-    rotary = decoder.rotary_emb(hidden, positions)
-    for layer in decoder.layers:
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
-    return decoder.norm(hidden)[0]
+    return model.model.language_model.norm(run(model, prompt, new)[1])[0]
 
 
 @torch.no_grad()
-def answer(model: Any, inputs: Inputs, method: Method, steps: int = 8, **shorten_kwargs: Any) -> Answer:
+def answer(model: Any, inputs: Inputs, method: Method | Pipeline, steps: int = 8, **shorten_kwargs: Any) -> Answer:
     """Greedy decoding of one row, placeholders never chosen."""
     prompt = shorten(model, inputs, method, **shorten_kwargs)
     tokens: list[int] = []
@@ -164,9 +382,9 @@ def answer(model: Any, inputs: Inputs, method: Method, steps: int = 8, **shorten
     return Answer(torch.tensor(tokens), torch.stack(logits))
 
 
-def loss(model: Any, inputs: Inputs, labels: Tensor, method: Method) -> Tensor:
+def loss(model: Any, inputs: Inputs, labels: Tensor, method: Method | Pipeline) -> Tensor:
     """Mean cross-entropy over the labels [1, L] that are not -100, each predicted from the token before it."""
     prompt = shorten(model, inputs, method)
     logits = model.lm_head(hidden_states(model, prompt))
-    following = nn.functional.pad(labels[0], (0, 1), value=-100)[prompt.columns + 1]
+    following = nn.functional.pad(labels[0], (0, 1), value=-100)[prompt.left + 1]
     return cross_entropy(logits, following, ignore_index=-100)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +96,98 @@ def test_list_and_show(vidcompress):
     assert code == 0 and "keeps 8 of 128 tokens" in out
 
 
+def words(text):
+    """What was printed, without the frames of tables and the breaks of lines."""
+    return " ".join(re.sub("[^ -~]", " ", text).split())
+
+
+def test_show_counts_every_site(vidcompress, tmp_path):
+    code, out, err = vidcompress("show", "hieravid-30", "--grid", "32x14x14")
+    assert code == 0, err
+    counts = [int(n) for n in re.findall(r"(?m)^(?:projector|decoder\[\d+\]): keeps (\d+) of 6272 tokens", out)]
+    assert counts == [math.floor(0.54 * 0.61**i * 6272) for i in range(4)]
+    assert re.findall(r"decoder\[(\d+)\]: keeps", out) == ["7", "14", "21"]
+    assert "mean over 28 layers: 1869.8 tokens, 29.8%" in words(out)
+    assert "0.61" in out and "HieraVid: Hierarchical" in words(out)
+    code, out, _ = vidcompress("show", "hieravid", "--grid", "8x4x4", "--layers", 12)
+    assert code == 0 and re.findall(r"decoder\[(\d+)\]: keeps", out) == ["3", "6", "9"]
+    assert "mean over 12 layers" in out
+    pipeline = tmp_path / "two.yaml"
+    pipeline.write_text("- method: uniform_tokens\n  retention_ratio: 0.25\n- method: text_aware_merge\n  layer: 4\n")
+    code, out, err = vidcompress("show", pipeline, "--grid", "8x4x4", "--layers", 8)
+    assert code == 0, err
+    assert "projector: keeps 32 of 128" in out and "decoder[4]: keeps 16 of 128" in out
+    assert "mean over 8 layers: 24.0 tokens, 18.8%" in words(out)
+
+
+def test_flops(vidcompress):
+    """Prefill and decoding of the Unified paper's 2 % row, by all three formulas."""
+    code, out, err = vidcompress(
+        "flops", "--model", "llava-onevision-7b", "--frames", 32, "--compression", "unified", "--retention-ratio", 0.02
+    )
+    assert code == 0, err
+    printed = words(out)
+    assert "kept at projector 6272 128" in printed and "kept at decoder[18] 6272 64" in printed
+    assert "mean over layers 6272.0 (100.0%) 105.1 (1.7%)" in printed
+    assert "KV cache in bfloat16, MB 359.66 6.03" in printed
+    totals = re.findall(r"formula (\w+).*?all layers ([\d.]+) ([\d.]+) ([\d.]+)%", printed)
+    assert [(name, plain) for name, plain, *_ in totals] == [
+        ("infomerge", "48.8219"), ("unified", "41.4165"), ("hieravid", "40.7655")
+    ]  # fmt: skip
+    for _, plain, short, ratio in totals:
+        assert abs(100 * float(short) / float(plain) - float(ratio)) < 0.01
+    assert totals[1][2] == "1.0806" and "100 tokens decoded" in printed
+    assert "layer 0" not in printed and "at most" not in printed
+
+
+def test_flops_per_layer_and_one_formula(vidcompress):
+    code, out, err = vidcompress(
+        "flops", "--formula", "hieravid", "--compression", "pyramiddrop", "--per-layer", "--grid", "8x4x4"
+    )
+    assert code == 0, err
+    printed = words(out)
+    assert "formula hieravid" in printed and "formula infomerge" not in printed and "formula unified" not in printed
+    for layer, tokens in ((6, 128), (7, 64), (14, 32), (27, 16)):
+        assert re.search(rf"layer {layer} 128 tokens, [\d.]+ MB {tokens} tokens, [\d.]+ MB", printed)
+    assert len(re.findall(r"layer \d+ [\d.]+ [\d.]+ [\d.]+%", printed)) == 28
+
+
+def test_flops_as_json(vidcompress, checkpoint):
+    code, out, err = vidcompress(
+        "flops", "--model", checkpoint, "--grid", "8x4x4", "--compression", "random", "--retention-ratio", 0.25,
+        "--text-tokens", 10, "--decode-tokens", 0, "--per-layer", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    plain, short = report["results"]
+    depth = report["dimensions"]["layers"]
+    assert (plain["compression"], short["compression"], short["exact"]) == ("none", "random", True)
+    assert (plain["sites"], short["sites"], short["video_tokens_mean"]) == ({}, {"projector": 32}, 32)
+    assert short["per_layer"]["video_tokens"] == [32] * depth and plain["per_layer"]["video_tokens"] == [128] * depth
+    assert plain["kv_bytes"] * 42 == short["kv_bytes"] * 138
+    for result in (plain, short):
+        assert set(result["flops"]) == {"infomerge", "unified", "hieravid"}
+        assert all(total == sum(result["per_layer"]["flops"][name]) for name, total in result["flops"].items())
+        assert result["flops"]["unified"] == result["flops"]["hieravid"]  # nothing decoded
+
+
+def test_flops_says_where_counts_are_bounds(vidcompress, monkeypatch):
+    from vidcompress.method import list_methods
+
+    monkeypatch.setattr(list_methods()["random"], "exact", False)
+    code, out, _ = vidcompress("flops", "--compression", "random")
+    assert code == 0 and "random (at most)" in words(out)
+    code, out, _ = vidcompress("show", "random", "--grid", "8x4x4")
+    assert code == 0 and "projector: keeps at most 12 of 128" in out and "layers: at most 12.0 tokens" in out
+
+
+def test_flops_from_a_folder_needs_nothing_else(checkpoint):
+    """In a process of its own: a config is read without what loading a model takes."""
+    command = [sys.executable, "-m", "vidcompress.cli", "flops", "--model", str(checkpoint), "--frames", "8"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and "formula unified" in run.stdout, run.stderr
+
+
 def test_demo(vidcompress, tmp_path):
     code, out, err = vidcompress("demo", "--folder", tmp_path)
     assert code == 0, err
@@ -134,6 +229,21 @@ def test_answers_are_broken_not_cut():
         (["show", "infomerge", "--grid", "12"], "32x14x14"),
         (["show", "infomerge", "--grid=-3x14x14"], "at least 1"),
         (["show", "nothing"], "unknown compression"),
+        (["show", "unified", "--layers", "1", "--grid", "4x"], "32x14x14"),
+        (["show", "fastv", "--layers", "2"], "this decoder has 2 layers"),
+        (["flops", "--model", "llava-onevison-7b"], "did you mean 'llava-onevision-7b'"),
+        (["flops", "--model", "no/such/folder"], "no/such/folder"),
+        (["flops", "--model", "qwen2-vl-7b"], "give its grid"),
+        (["flops", "--frames", "0"], "at least 1 frame, got 0"),
+        (["flops", "--frames", "8", "--grid", "8x4x4"], "not both"),
+        (["flops", "--grid", "8x4"], "32x14x14"),
+        (["flops", "--formula", "hieravit"], "did you mean 'hieravid'"),
+        (["flops", "--retention-ratio", "0.1"], "needs a --compression"),
+        (["flops", "--compression", "unifed"], "did you mean 'unified'"),
+        (["flops", "--compression", "hieravid-30", "--retention-ratio", "0.2"], "fixes retention_ratio"),
+        (["flops", "--compression", "random", "--retention-ratio", "0"], "retention_ratio"),
+        (["flops", "--text-tokens=-1"], "text_tokens must be at least 0"),
+        (["flops", "--decode-tokens=-1"], "decode_tokens must be at least 0"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, vidcompress, clip):

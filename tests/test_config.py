@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from vidcompress.config import load, preset_for, shipped
-from vidcompress.method import Method, Pipeline, list_methods, setting
+from vidcompress.config import list_presets, load, preset_for, shipped
+from vidcompress.method import DEPTH, Method, Pipeline, list_methods, setting
 from vidcompress.methods.fastvid import FastVID
+from vidcompress.methods.hieravid import HieraVid
 from vidcompress.methods.infomerge import InfoMerge
+from vidcompress.methods.pyramiddrop import PyramidDrop
 from vidcompress.methods.random import Random
 from vidcompress.tokens import Site
 
@@ -28,7 +30,7 @@ class Inner(Method):
 
     layer: int = setting(2, "where it acts", low=0)
 
-    def sites(self) -> list[Site]:
+    def sites(self, depth: int = DEPTH) -> list[Site]:
         return [Site.decoder(self.layer)]
 
 
@@ -103,7 +105,7 @@ def test_by_list(written: Callable[..., Path]) -> None:
     for entry in ("random", {"method": "random"}, Random(), outer, str(outer)):
         pipeline = load([entry, inner])
         assert isinstance(pipeline, Pipeline) and pipeline.name == "random+Inner"
-        assert pipeline.stages == {Site.projector(): pipeline.methods[0], Site.decoder(3): inner}
+        assert pipeline.stages() == {Site.projector(): pipeline.methods[0], Site.decoder(3): inner}
     assert load((inner,)).methods == (inner,)
     assert load(pipeline) is pipeline
     assert load([pipeline, Inner(layer=5)]).name == "random+Inner+Inner"
@@ -125,7 +127,8 @@ def test_numbers_are_taken_as_the_field_wants_them() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_survive_yaml(name: str, written: Callable[..., Path]) -> None:
     # The ratio is one where a preset would change other settings if they were not written down.
-    for method in (load(name), load(name, retention_ratio=0.05), list_methods()[name](retention_ratio=0.15)):
+    ratios = (0.25, 0.3) if name == "pyramiddrop" else (0.05, 0.15)
+    for method in (load(name), load(name, retention_ratio=ratios[0]), list_methods()[name](retention_ratio=ratios[1])):
         text = yaml.safe_dump({"method": name} | method.settings())
         assert load(written(text)) == method
         assert load(yaml.safe_load(text)) == method
@@ -222,10 +225,98 @@ def test_a_key_given_twice(written: Callable[..., Path]) -> None:
         load(written("method: random\nseed: 1\nseed: 2\n"))
 
 
+# -- named presets -----------------------------------------------------------------------------------------------------
+PRESETS = sorted(list_presets())
+
+
+def test_named_presets_are_called_after_their_methods() -> None:
+    assert list_presets() == {f"hieravid-{ratio}": "hieravid" for ratio in (10, 20, 30)}
+    assert not set(list_presets()) & set(NAMES)
+    assert list_presets() == {name: shipped(name)["method"] for name in PRESETS}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_by_the_name_of_a_preset(name: str, written: Callable[..., Path]) -> None:
+    method, content = load(name), shipped(name)
+    assert type(method) is list_methods()[list_presets()[name]]
+    assert method.settings().items() >= {k: v for k, v in content.items() if k != "method"}.items()
+    assert method.retention_ratio == content["retention_ratio"]
+    for given in ({"method": name}, written(f"method: {name}\n")):
+        assert load(given) == method
+    pipeline = load([name, Inner(layer=9)])
+    assert pipeline.methods[0] == method and pipeline.name == "hieravid+Inner"
+    # What it does not say is as in the method's own file.
+    own = shipped(list_presets()[name])
+    assert (method.beta, method.lam, method.r_var) == (own["beta"], own["lam"], own["r_var"])
+
+
+def test_a_preset_with_settings_of_ones_own(written: Callable[..., Path]) -> None:
+    for method in (
+        load("hieravid-20", beta=0.7),
+        load({"method": "hieravid-20", "beta": 0.7}),
+        load({"method": "hieravid-20", "beta": 0.1}, beta=0.7),
+        load(written("method: hieravid-20\nbeta: 0.7\n")),
+    ):
+        assert method == HieraVid(retention_ratio=0.2, first=0.545, q=0.355, beta=0.7)
+    assert load("hieravid-20", q=0.5).q == 0.5
+    with pytest.raises(ValueError, match=r"hieravid has no setting 'bta' \(did you mean 'beta'\?\)"):
+        load("hieravid-20", bta=0.7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fixes_its_ratio(name: str, written: Callable[..., Path]) -> None:
+    says = rf"{name} fixes retention_ratio; use 'hieravid' with one of your own"
+    for given, overrides in (
+        (name, {"retention_ratio": 0.5}),
+        ({"method": name}, {"retention_ratio": 0.1}),
+        ({"method": name, "retention_ratio": 0.1}, {}),
+        ([{"method": name, "retention_ratio": 0.1}], {}),
+        (written(f"method: {name}\nretention_ratio: 0.1\n"), {}),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load(given, **overrides)
+
+
+def test_a_preset_that_is_misspelt() -> None:
+    for wrong, right in {"hieravid-31": "hieravid-30", "hiera-vid": "hieravid", "hieravid_20": "hieravid-20"}.items():
+        with pytest.raises(ValueError, match=rf"unknown compression '{wrong}' \(did you mean '{right}'") as refusal:
+            load(wrong)
+        assert all(name in str(refusal.value) for name in [*NAMES, *PRESETS])
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.02, 0.05, 0.1])
+def test_unified_keeps_half_inside(ratio: float) -> None:
+    method = load("unified", retention_ratio=ratio)
+    assert (method.retention_ratio, method.keep_ratio) == (ratio, 0.5)
+    assert load("unified", retention_ratio=ratio, keep_ratio=0.25).keep_ratio == 0.25
+
+
+# -- lists as settings -------------------------------------------------------------------------------------------------
+def test_settings_that_are_lists(written: Callable[..., Path]) -> None:
+    path = written("method: pyramiddrop\nlayers: [3, 9]\nratios: [0.5, 1.0e-1]\n")
+    for method in (
+        load(path),
+        load("pyramiddrop", layers=(3, 9), ratios=[0.5, 0.1]),
+        PyramidDrop(layers=[np.int64(3), 9], ratios=[np.float32(0.5), 0.1]),
+    ):
+        assert method.layers == (3, 9) and method.ratios == (0.5, 0.1)
+        assert {type(value) for value in (*method.layers, *method.ratios)} == {int, float}
+        assert method.settings()["layers"] == [3, 9]
+        assert load(yaml.safe_load(yaml.safe_dump({"method": "pyramiddrop"} | method.settings()))) == method
+    assert load("pyramiddrop", layers=None).layers is None
+
+
 # -- what is refused: names --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("infomerg", "infomerge"), ("fast_vid", "fastvid"), ("uniform_token", "uniform_tokens"), ("randm", "random")],
+    [
+        ("unifed", "unified"),
+        ("pyramid_drop", "pyramiddrop"),
+        ("infomerg", "infomerge"),
+        ("fast_vid", "fastvid"),
+        ("uniform_token", "uniform_tokens"),
+        ("randm", "random"),
+    ],
 )
 def test_unknown_method_with_the_nearest_name(wrong: str, right: str) -> None:
     for given in (wrong, {"method": wrong}, [wrong]):
@@ -412,11 +503,24 @@ def test_two_methods_at_one_site() -> None:
         load([Inner(), Inner()])
 
 
-def test_methods_that_disagree_on_positions() -> None:
-    with pytest.raises(ValueError, match=r"must agree on `positions`, got \['keep', 'renumber'\]"):
-        load([{"method": "random", "positions": "renumber"}, Inner()])
-    agreed = load([{"method": "random", "positions": "renumber"}, Inner(positions="renumber")])
-    assert agreed.positions == "renumber"
+def test_methods_out_of_order() -> None:
+    with pytest.raises(ValueError, match=r"random acts at projector, before Inner at decoder\[2\]; list the methods"):
+        load([Inner(), "random"])
+    with pytest.raises(ValueError, match=r"Inner acts at decoder\[2\], before Inner at decoder\[5\]; list the methods"):
+        load([Inner(layer=5), Inner(layer=2)])
+    assert [m.layer for m in load([Inner(layer=2), Inner(layer=5)])] == [2, 5]
+
+
+def test_methods_beyond_the_depth() -> None:
+    pipeline = load(["random", Inner(layer=40)])  # no model is at hand yet
+    assert list(pipeline.stages(41)) == [Site.projector(), Site.decoder(40)]
+    with pytest.raises(ValueError, match=r"Inner acts at the input of layer 40; this decoder has 40 layers, 0 to 39"):
+        pipeline.stages(40)
+
+
+def test_each_method_has_its_own_positions() -> None:
+    pipeline = load([{"method": "random", "positions": "renumber"}, Inner(), Inner(layer=5, positions="renumber")])
+    assert [m.positions for m in pipeline] == ["renumber", "keep", "renumber"]
 
 
 def test_settings_beside_a_pipeline(written: Callable[..., Path]) -> None:
@@ -428,7 +532,7 @@ def test_settings_beside_a_pipeline(written: Callable[..., Path]) -> None:
 def test_a_pipeline_needs_what_its_methods_need() -> None:
     pipeline = load(["infomerge", Inner(layer=1), Inner(layer=4)])
     assert pipeline.needs == InfoMerge.needs
-    assert list(pipeline.stages) == [Site.projector(), Site.decoder(1), Site.decoder(4)]
+    assert list(pipeline.stages()) == [Site.projector(), Site.decoder(1), Site.decoder(4)]
 
 
 # -- discovery ---------------------------------------------------------------------------------------------------------
@@ -437,6 +541,7 @@ def test_list_methods_is_sorted_and_holds_classes() -> None:
     assert list(found) == sorted(found) and all(issubclass(cls, Method) for cls in found.values())
     assert all(cls.name == name for name, cls in found.items())
     assert "Inner" not in found and "Method" not in found
+    assert found["unified"] is not found["unified_pool"]  # a method that is made of others hides none of them
 
 
 # -- presets follow the ratio ------------------------------------------------------------------------------------------

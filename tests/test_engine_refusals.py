@@ -34,14 +34,14 @@ from vidcompress import Reduction, Site, VideoTokens
 
 @dataclass(kw_only=True)
 class Needy(Prune):
-    needs = frozenset({"text_attention", "saliency.received"})
+    needs = frozenset({"optical_flow", "saliency.received"})
 
 
 @dataclass(kw_only=True)
 class Inner(Prune):
-    layer: int = 2
+    layer: int = 6
 
-    def sites(self) -> list[Site]:
+    def sites(self, depth: int = 28) -> list[Site]:
         return [Site.decoder(self.layer)]
 
 
@@ -223,11 +223,13 @@ def test_video_encoded_beforehand_by_the_model_itself(model):
 @pytest.mark.parametrize(
     "method, message",
     [
-        (Needy(), r"Needy needs \['text_attention'\], which llava_onevision does not provide .*saliency.received"),
-        (Inner(layer=2), r"Inner acts at decoder\[2\]; this version of vidcompress reduces before the decoder only"),
-        (Inner(layer=6), r"Inner acts at layer 6; the decoder has layers 0 to 5"),
-        (Inner(layer=-1), r"Inner acts at layer -1; the decoder has layers 0 to 5"),
-        (vidcompress.load([METHODS["prune"](), Inner(layer=1)]), r"Inner acts at decoder\[1\]"),
+        (Needy(), r"Needy needs \['optical_flow'\], which llava_onevision does not provide .*text_attention"),
+        (Inner(layer=6), r"Inner acts at the input of layer 6; this decoder has 6 layers, 0 to 5"),
+        (vidcompress.load([METHODS["prune"](), Inner(layer=9)]), r"Inner acts at the input of layer 9; .* 6 layers"),
+        (
+            vidcompress.load("text_aware_merge", layer=18),
+            r"text_aware_merge acts at the input of layer 18; .* 6 layers",
+        ),
     ],
 )
 def test_methods_that_cannot_be_served(method, message):
@@ -242,7 +244,7 @@ def test_methods_that_cannot_be_served(method, message):
 
 def test_a_refused_switch_keeps_the_present_method(model):
     handle = vidcompress.handle_of(model)
-    for method in (Needy(), Inner(layer=2), "infomrge"):
+    for method in (Needy(), Inner(layer=6), "infomrge"):
         with pytest.raises(ValueError):
             handle.switch(method)
     assert handle.compression.name == "infomerge"
@@ -287,7 +289,7 @@ def test_model_that_keeps_its_parts_elsewhere():
 def test_method_that_breaks_its_budget():
     model = llava()
     handle = compress(model, Greedy(retention_ratio=0.25))
-    with pytest.raises(RuntimeError, match=r"Greedy kept [78] tokens of 24, its budget is 6"):
+    with pytest.raises(RuntimeError, match=r"Greedy kept [78] tokens of 24 at projector, not 6"):
         generate(model, llava_inputs([ONE]), 2)
     handle.remove()
     compress(model, METHODS["infomerge"]())

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vidcompress import ops
-from vidcompress.method import Method, floor, list_methods
+from vidcompress.engine.decoder_signals import LayerView
+from vidcompress.engine.sequence import Sequence
+from vidcompress.method import Method, Pipeline, floor, list_methods
 from vidcompress.tokens import Reduction, Site, VideoTokens
 
 OWN = Path(__file__).parent / "golden"
@@ -54,27 +57,69 @@ class Case:
         return self.tensors[f"debug.{name}"]
 
 
-def load_cases(folder: Path) -> Iterator[Case]:
-    """Every recorded run of an outer method in the files of `folder`; files of other formats hold no `<case>.keep`."""
+@dataclass(frozen=True)
+class Inside:
+    """One recorded run that takes place inside the LLM, or goes on there."""
+
+    name: str
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def stage(self, number: int) -> dict[str, Tensor]:
+        """The tensors of one stage, by their own names."""
+        prefix = f"stage{number}."
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+def read(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any], dict[str, Tensor]]]:
+    """(file, case, its metadata, its tensors) of every recorded run in the files of `folder`."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             cases = json.loads(file.metadata()["cases"])
         for name, facts in cases.items():
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            if not {"features", "attention", "keep", "tokens"} <= own.keys():
-                continue
-            method = facts.get("method", path.stem)
+            yield path, name, facts, own
+
+
+def load_cases(folder: Path) -> Iterator[Case]:
+    """Every recorded run of an outer method; files of other formats hold no `<case>.attention`, or no `.features`."""
+    for path, name, facts, own in read(folder):
+        if not {"features", "attention", "keep", "tokens"} <= own.keys():
+            continue
+        recorded = facts.get("method", path.stem)
+        for method in BOTH_NAMES.get(recorded, (recorded,)):
             params = facts.get("params")
             if params is None and method in list_methods():
                 known = {f.name for f in fields(list_methods()[method])}
                 params = {k: v for k, v in facts.items() if k in known} | {"remainder": "official"}
             grid = tuple(facts.get("grid") or (*own["features"].shape[:2], 1))
-            yield Case(f"{path.stem}-{name}", method, params, grid, own)
+            case = f"{path.stem}-{name}" if method == recorded else f"{path.stem}-{name}-{method}"
+            yield Case(case, method, params, grid, own)
 
 
-CASES = list(load_cases(Path(os.environ.get("GOLDEN", OWN))))
+def load_inside(folder: Path, *tensors: str) -> list[Inside]:
+    """The recorded runs that hold these tensors."""
+    return [Inside(f"{p.stem}-{n}", facts, own) for p, n, facts, own in read(folder) if own.keys() >= set(tensors)]
+
+
+BOTH_NAMES = {"unified": ("unified", "unified_pool")}
+"""Methods of which a part is a method of its own."""
+
+FOLDER = Path(os.environ.get("GOLDEN", OWN))
+CASES = list(load_cases(FOLDER))
+MERGED = load_inside(FOLDER, "visual", "text", "probs")
+HIERAVID = load_inside(FOLDER, "features", "stage1.keep", "stage4.keep")
+FASTV = load_inside(FOLDER, "attention", "hidden", "order_image_keep")
+PYRAMIDDROP = load_inside(FOLDER, "features", "wq", "wk", "prompt_len")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def each(cases: list[Inside]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def cases_with(*tensors: str) -> pytest.MarkDecorator:
@@ -91,26 +136,33 @@ def known(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"there is no method {case.method!r}")
 
 
-def dense(case: Case, slot: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+def dense(shape: tuple[int, int], slot: Tensor, source: Tensor, weight: Tensor) -> Tensor:
     """[K, N] fp64."""
-    t, h, w = case.grid
-    out = torch.zeros(len(case.tensors["keep"]), t * h * w, dtype=torch.float64)
-    return out.index_put_((slot, source), weight.double(), accumulate=True)
+    return torch.zeros(shape, dtype=torch.float64).index_put_((slot, source), weight.double(), accumulate=True)
 
 
-def map_of(case: Case, reduction: Reduction) -> Tensor:
+def map_of(reduction: Reduction) -> Tensor:
     """[K, N] fp64 of a reduction; slots without triplets hand their own token on."""
     k = len(reduction)
+    shape = (k, reduction.num_source)
     slot, source = torch.arange(k), reduction.keep
     if reduction.slot is None:
-        return dense(case, slot, source, torch.ones(k))
+        return dense(shape, slot, source, torch.ones(k))
     alone = ~torch.isin(slot, reduction.slot)
     columns = zip(
         (slot[alone], source[alone], torch.ones(int(alone.sum()))),
         (reduction.slot, reduction.source, reduction.weight),
         strict=True,
     )
-    return dense(case, *(torch.cat(column) for column in columns))
+    return dense(shape, *(torch.cat(column) for column in columns))
+
+
+def assert_same_map(reduction: Reduction, tensors: dict[str, Tensor]) -> None:
+    """The map is the recorded one, and every survivor's weights sum to 1."""
+    got = map_of(reduction)
+    want = dense(tuple(got.shape), *(tensors[f"mix.{name}"] for name in ("slot", "source", "weight")))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.sum(1), torch.ones(len(got), dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def near_tie_anchors(case: Case, reduction: Reduction) -> dict[int, int]:
@@ -146,8 +198,16 @@ def assert_same_tokens(case: Case, got: Tensor, reduction: Reduction, tolerance:
 # -- the result --------------------------------------------------------------------------------------------------------
 def test_the_files_of_this_repository_are_all_tried() -> None:
     cases = list(load_cases(OWN))
-    assert sorted({c.name.split("-")[0] for c in cases}) == sorted(p.stem for p in OWN.glob("*.safetensors"))
-    assert len(cases) == 4 + 2 + 8
+    inside = [
+        load_inside(OWN, "visual", "text", "probs"),
+        load_inside(OWN, "features", "stage1.keep", "stage4.keep"),
+        load_inside(OWN, "attention", "hidden", "order_image_keep"),
+        load_inside(OWN, "features", "wq", "wk", "prompt_len"),
+    ]
+    tried = {c.name.split("-")[0] for c in [*cases, *(c for some in inside for c in some)]}
+    assert sorted(tried) == sorted(p.stem for p in OWN.glob("*.safetensors"))
+    assert len(cases) == 4 + 2 + 8 + 2 * 6
+    assert [len(some) for some in inside] == [4, 6, 2, 2]
     assert {c.method for c in cases} <= set(list_methods())
 
 
@@ -163,10 +223,7 @@ def test_same_tokens(case: Case, implementation: str, monkeypatch: pytest.Monkey
 
 @cases_with("mix.slot", "mix.source", "mix.weight")
 def test_same_map(case: Case) -> None:
-    want = dense(case, *(case.tensors[f"mix.{name}"] for name in ("slot", "source", "weight")))
-    got = map_of(case, case.decide())
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(got.sum(1), torch.ones(len(got), dtype=torch.float64), atol=1e-5, rtol=0)
+    assert_same_map(case.decide(), case.tensors)
 
 
 @every_case
@@ -216,7 +273,7 @@ def test_budgets_of_every_frame(case: Case) -> None:
 @cases_with("debug.centres")
 def test_anchors(case: Case) -> None:
     centres, reduction = case.debug("centres"), case.decide()
-    mixed = map_of(case, reduction)
+    mixed = map_of(reduction)
     # An anchor is mixed with others unless nobody but itself chose it; a salient token never is, a replaced one is.
     salient = case.tensors.get("debug.salient", torch.zeros(0)).flatten().nonzero().squeeze(1)
     several = reduction.keep[(mixed > 0).sum(1) > 1]
@@ -264,6 +321,202 @@ def test_replaced_tokens_carry_their_segments_mean(case: Case) -> None:
             torch.testing.assert_close(out[slot[(start + f) * p + position]], mean, atol=1e-5, rtol=1e-5)
         for f, position in (salient & ~replaced)[start:end].nonzero().tolist():
             assert torch.equal(out[slot[(start + f) * p + position]], features[start + f, position])
+
+
+@cases_with("debug.pool_in_visit_order", "debug.centres", "debug.cluster_of_token")
+def test_pool_and_clusters(case: Case) -> None:
+    reduction = case.decide()
+    assert torch.equal(reduction.notes["pool"], case.debug("pool_in_visit_order"))
+    assert torch.equal(reduction.notes["centres"], case.debug("centres"))
+    cluster = torch.full((reduction.num_source,), -1)
+    if reduction.slot is not None:
+        cluster[reduction.source] = reduction.keep[reduction.slot]
+    assert torch.equal(cluster, case.debug("cluster_of_token"))
+
+
+# -- merging inside the LLM --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["text_aware_merge", "unified"])
+@each(MERGED)
+def test_same_tokens_inside(case: Inside, name: str) -> None:
+    params = dict(case.facts["params"])
+    if name == "text_aware_merge":
+        params["retention_ratio"] = params.pop("keep_ratio")
+    method = list_methods()[name](**params)
+    signals = {"text_attention": case["probs"].mean(0).amax(0), "text_hidden": case["text"]}
+    n = len(case["visual"])
+    tokens = VideoTokens(case["visual"], (1, 1, n), torch.arange(n), signals)
+    site = method.sites()[-1]
+    assert method.count(site, tokens.grid, n, n) == len(case["keep"])
+    torch.testing.assert_close(signals["text_attention"], case["debug.attention_max"], atol=1e-6, rtol=1e-5)
+    likeness = ops.max_cosine(case["visual"], case["text"]).float()
+    torch.testing.assert_close(likeness, case["debug.similarity_max"], atol=1e-6, rtol=1e-5)
+    reduction = method.decide(tokens, site)
+    assert torch.equal(reduction.keep, case["keep"])
+    torch.testing.assert_close(reduction.apply(case["visual"]), case["tokens"], atol=1e-4, rtol=0)
+    assert_same_map(reduction, case.tensors)
+
+
+# -- HieraVid, stage after stage ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("implementation", ["torch", "naive"])
+@each(HIERAVID)
+def test_same_tokens_at_all_stages(case: Inside, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
+    method = list_methods()["hieravid"](**case.facts["params"])
+    grid = tuple(case.facts["grid"])
+    features = case["features"].flatten(0, 1)
+    site, *inner = method.sites()
+    reduction = method.decide(VideoTokens(features, grid), site)
+    index, entered, notes = reduction.keep, len(reduction), dict(reduction.notes)
+    assert torch.equal(index, case["stage1.keep"])
+    torch.testing.assert_close(reduction.apply(features), case["stage1.tokens"], atol=1e-4, rtol=0)
+    assert_same_map(reduction, case.stage(1))
+    for number, site in enumerate(inner, 2):
+        stage = case.stage(number)
+        signals = {"last_text_hidden": stage["last"]}
+        reduction = method.decide(VideoTokens(stage["hidden"], grid, index, signals, notes, entered), site)
+        notes = {**notes, **reduction.notes}  # as the engine hands them on
+        assert torch.equal(reduction.keep, stage["local"]) and reduction.slot is None
+        index = index[reduction.keep]
+        assert torch.equal(index, stage["keep"])
+        if number > 2 and not reduction.is_identity:
+            assert notes["sizes"] == stage["sizes"].tolist() and notes["budgets"] == stage["budgets"].tolist()
+
+
+@each(HIERAVID)
+def test_schedule(case: Inside) -> None:
+    method, grid = list_methods()["hieravid"](**case.facts["params"]), tuple(case.facts["grid"])
+    debug, counts = case.stage(1), case.facts["counts"]
+    assert method.fractions() == pytest.approx(debug["debug.fractions"].tolist(), rel=1e-6)
+    assert list(Pipeline.of(method).counts(grid).values()) == counts == debug["debug.counts"].tolist()
+    assert method.budget(grid) == counts[0]
+
+
+@each(HIERAVID)
+def test_marks_and_segments(case: Inside) -> None:
+    method, debug, features = list_methods()["hieravid"](**case.facts["params"]), case.stage(1), case["features"]
+    t, p, _ = features.shape
+    change = ops.frame_change(features)
+    torch.testing.assert_close(1 - change.float(), debug["debug.similarity"], atol=1e-6, rtol=0)
+    marked = ops.top_tokens(-change.flatten()[None], t * p - case.facts["counts"][0]).view(t - 1, p)
+    assert torch.equal(marked.long(), debug["debug.marked"][1:])
+    notes = method.decide(VideoTokens(features.flatten(0, 1), tuple(case.facts["grid"])), Site.projector()).notes
+    assert [list(s) for s in notes["segments"]] == debug["debug.segments"].tolist()
+    torch.testing.assert_close(notes["b"].float(), debug["debug.b"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(notes["z"].float(), debug["debug.z"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "naive"])
+@pytest.mark.parametrize("number", [3, 4])
+@each(HIERAVID)
+def test_order_of_the_picks(case: Inside, number: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
+    stage, params = case.stage(number), case.facts["params"]
+    hidden = stage["hidden"]
+    relevance = ops.minmax((hidden.double() @ stage["last"].double() / hidden.shape[1] ** 0.5).softmax(0))
+    torch.testing.assert_close(relevance.float(), stage["relevance"], atol=1e-6, rtol=1e-4)
+    sizes, counts = stage["sizes"].tolist(), stage["budgets"].tolist()
+    kernel = params.get("kernel", "dot")
+    order = ops.dpp_map(hidden, relevance, sizes, counts, params["rank_eps"], kernel)
+    assert torch.equal(order, stage["order"])
+
+
+@each(HIERAVID)
+def test_order_by_relevance(case: Inside) -> None:
+    stage = case.stage(2)
+    logits = stage["hidden"].double() @ stage["last"].double() / stage["hidden"].shape[1] ** 0.5
+    torch.testing.assert_close(logits.float(), stage["logits"], atol=1e-5, rtol=1e-5)
+    chosen = logits.topk(len(stage["local"])).indices.sort().values
+    assert torch.equal(chosen, stage["local"])
+
+
+# -- FastV and PyramidDrop ---------------------------------------------------------------------------------------------
+@each(FASTV)
+def test_fastv_keeps_the_same(case: Inside) -> None:
+    row = case["attention"].mean(0)[-1]  # [n] of the last query
+    start, length = case.facts.get("sys_length", 35), case.facts.get("image_length", 576)
+    places = torch.arange(start, start + length)
+    count = len(case["order_image_keep"])
+    method = list_methods()["fastv"](retention_ratio=count / length)
+    signals = {"last_query_attention.previous": row[places]}
+    tokens = VideoTokens(case["hidden"][places], (1, 1, length), torch.arange(length), signals)
+    (site,) = method.sites()
+    assert method.count(site, tokens.grid, length, length) == count
+    stays = torch.ones(len(row), dtype=torch.bool)
+    stays[places] = False
+    stays[places[method.decide(tokens, site).keep]] = True
+    keep = stays.nonzero().squeeze(1)
+    assert torch.equal(keep, case["keep"])
+    assert torch.equal(case["hidden"][keep], case["tokens"])
+
+
+def ranking_layer(wq: Tensor, wk: Tensor, heads: int) -> SimpleNamespace:
+    """What a view of a decoder layer calls: RMSNorm of weight 1, and two projections without bias."""
+    size = wq.shape[0] // heads
+    attention = SimpleNamespace(
+        q_proj=lambda x: x @ wq.T,
+        k_proj=lambda x: x @ wk.T,
+        head_dim=size,
+        scaling=size**-0.5,
+    )
+    return SimpleNamespace(
+        input_layernorm=lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), self_attn=attention
+    )
+
+
+def rotary(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [B, L, D], base 1e4."""
+    angle = positions[..., None] * 1e4 ** -(torch.arange(0, size, 2) / size)
+    return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+
+
+@each(PYRAMIDDROP)
+def test_pyramiddrop_keeps_the_same(case: Inside) -> None:
+    # The engine's view of a layer gives the signal, the method decides on it, the engine's sequence is shortened.
+    facts, lengths = case.facts, case["lengths"].tolist()
+    method = list_methods()["pyramiddrop"](layers=facts["layer_list"], ratios=facts["ratios"])
+    assert method.positions == "renumber"
+    batch, longest, width = case["features"].shape
+    column = torch.arange(longest)
+    mask = column < torch.tensor(lengths)[:, None]
+    sequence = Sequence(case["features"], mask, (column * mask)[None], torch.zeros(batch, 0, dtype=torch.bool))
+    origin = column.expand(batch, -1)  # [B, L] the first sequence's column of every token
+    entered = case["image_tokens"].tolist()
+    index = [torch.arange(n) for n in entered]
+    places = [start + i for start, i in zip(case["image_start"].tolist(), index, strict=True)]
+    for site, wq, wk in zip(method.sites(32), case["wq"], case["wk"], strict=True):
+        number = site.stage
+        turn = rotary(sequence.positions[0], width // facts["heads"])
+        view = LayerView(ranking_layer(wq, wk, facts["heads"]), site.layer, sequence, turn)
+        stays = sequence.mask.clone()
+        for row in range(batch):
+            if not len(places[row]):
+                continue
+            last = sequence.mask[row].nonzero()[-1]
+            signals = view.signals(method.needs, row, places[row], last, last)
+            recorded = f"stage{number}.sample{row}"
+            attention = signals["last_query_attention"]
+            torch.testing.assert_close(attention, case[f"{recorded}.attention"], atol=1e-6, rtol=1e-4)
+            seen = sequence.embeds[row, places[row]]
+            tokens = VideoTokens(seen, (1, 1, entered[row]), index[row], signals, entered=entered[row])
+            keep = method.decide(tokens, site).keep
+            assert torch.equal(keep, case[f"{recorded}.keep_local"])
+            stays[row, places[row]] = False
+            stays[row, places[row][keep]] = True
+            index[row] = index[row][keep]
+        columns = [row.nonzero().squeeze(1) for row in stays]
+        sequence, moved = sequence.shortened(columns, method.positions == "renumber")
+        origin = origin.gather(1, moved)
+        for row in range(batch):
+            real = sequence.mask[row]
+            if len(places[row]):
+                assert torch.equal(origin[row, real], case[f"stage{number}.sample{row}.keep"])
+                places[row] = torch.isin(origin[row], case["image_start"][row] + index[row]).nonzero().squeeze(1)
+                places[row] = places[row][real[places[row]]]
+            right = case[f"stage{number}.mask"][row].bool()
+            assert torch.equal(sequence.positions[0, row, real], case[f"stage{number}.position_ids"][row, right])
+    for row in range(batch):
+        real = sequence.mask[row]
+        assert torch.equal(sequence.embeds[row, real], case["final_features"][row, : int(real.sum())])
 
 
 # -- the judging of the one near-tie -----------------------------------------------------------------------------------

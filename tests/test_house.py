@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import vidcompress
-from vidcompress.config import DOCUMENTATION
+from vidcompress.config import DOCUMENTATION, list_presets
 from vidcompress.method import Method, list_methods
 
 ROOT = Path(__file__).parent.parent
@@ -194,7 +194,7 @@ def test_the_checks_see_what_they_look_for() -> None:
 
 
 def test_the_files_are_found() -> None:
-    assert {"infomerge", "fastvid", "random"} <= {p.stem for p in METHOD_FILES}
+    assert {"infomerge", "fastvid", "random", "unified", "hieravid"} <= {p.stem for p in METHOD_FILES}
     assert {"llava_onevision"} <= {p.stem for p in BACKBONE_FILES}
     assert {"density_peaks", "merge"} <= {folder.name for folder in OPS}
     found = {name_of(p) for p in text_files()}
@@ -211,7 +211,8 @@ def test_the_files_are_found() -> None:
 def test_a_method_is_a_file_and_a_yaml_of_its_name() -> None:
     names = set(list_methods())
     assert {p.stem for p in METHOD_FILES} == names
-    assert {p.stem for p in (ROOT / "configs").glob("*.yaml")} == names
+    assert {p.stem for p in (ROOT / "configs").glob("*.yaml")} == names | set(list_presets())
+    assert set(list_presets().values()) <= names
     for name, cls in list_methods().items():
         assert cls.__module__ == f"vidcompress.methods.{name}" and cls.name == name
         assert cls.__name__.lower() == name.replace("_", "")
@@ -277,14 +278,29 @@ def test_a_yaml_holds_settings_with_a_source(name: str) -> None:
         assert not bare
 
 
+@pytest.mark.parametrize("name", sorted(list_presets()))
+def test_a_named_preset_is_a_short_yaml(name: str) -> None:
+    # It says its method, its ratio, and with a source what else it changes; all else is said where the method is.
+    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    method = list_presets()[name]
+    assert content["method"] == method and name.startswith(f"{method}-")
+    assert "retention_ratio" in content and len(content) > 2
+    assert set(content) - {"method"} <= {f.name for f in fields(list_methods()[method])}
+    first, *values = text.splitlines()
+    assert first == f"method: {method}"
+    assert all(re.match(r"\w+: +[^#\s][^#]*# +\w", line) for line in values), values
+
+
 # -- imports -----------------------------------------------------------------------------------------------------------
 ARROWS = {
     "ops": {"ops"},
     "precision": set(),
     "tokens": {"ops", "precision"},
     "method": {"tokens", "precision"},
-    "methods": {"method", "tokens", "ops"},
+    "methods": {"method", "methods", "tokens", "ops"},
     "config": {"method"},
+    "costs": {"method", "tokens"},
     "trace": {"tokens"},
     "engine": {"engine", "patches", "config", "method", "tokens", "trace", "ops", "compat", "precision"},
     "patches": {"patches", "engine", "method", "tokens"},
@@ -322,11 +338,22 @@ def test_imports_point_one_way(path: Path) -> None:
     assert used <= allowed if allowed is not None else own in TOPS or not used & TOPS, f"{own} imports {sorted(used)}"
 
 
+def method_files_in(path: Path) -> set[str]:
+    """The methods whose files a file imports."""
+    used = imports(tree(path), module_of(path), path.name == "__init__.py")
+    return {m.split(".")[2] for m in used if m.startswith("vidcompress.methods.")} & set(list_methods())
+
+
 def test_nothing_names_a_method_file() -> None:
-    for path in FILES:
-        used = imports(tree(path), module_of(path), path.name == "__init__.py")
-        named = [m for m in used if m.startswith("vidcompress.methods.") and m.split(".")[2] in list_methods()]
-        assert not named, f"{name_of(path)} imports {named}"
+    # But a method that is made of others.
+    named = {name_of(path): found for path in FILES if path not in METHOD_FILES and (found := method_files_in(path))}
+    assert not named
+
+
+@every_method_file
+def test_a_method_names_only_what_it_is_made_of(path: Path) -> None:
+    made_of = {base.name for base in list_methods()[path.stem].__mro__[1:] if base in list_methods().values()}
+    assert method_files_in(path) == made_of
 
 
 @every_file
@@ -444,6 +471,19 @@ def test_an_op_has_a_definition_and_one_signature(folder: Path) -> None:
     assert lines(folder / "naive.py") < 60
 
 
+@every_op
+def test_an_op_does_not_need_the_name_of_its_own_module(folder: Path) -> None:
+    # Python binds <op>.torch to the folder's torch.py once that is imported, whatever __init__.py called torch.
+    if (folder / "torch.py").exists():
+        names = [
+            a.asname or a.name
+            for n in ast.walk(tree(folder / "__init__.py"))
+            if isinstance(n, ast.Import)
+            for a in n.names
+        ]
+        assert "torch" not in names
+
+
 def test_every_op_is_exported() -> None:
     from vidcompress import ops
 
@@ -505,4 +545,4 @@ def test_annotations_are_not_evaluated(path: Path) -> None:
 
 def test_configs_travel_with_the_package() -> None:
     shipped = {p.name for p in importlib.resources.files("vidcompress.configs").iterdir() if p.name.endswith(".yaml")}
-    assert shipped == {f"{name}.yaml" for name in list_methods()}
+    assert shipped == {f"{name}.yaml" for name in [*list_methods(), *list_presets()]}

@@ -113,6 +113,7 @@ def examples() -> dict[str, tuple[Any, ...]]:
         "column_mean_attention": (randn(3, 4, 17, 8), randn(3, 4, 17, 8, seed=1), 8**-0.5),
         "cosine_fingerprint": (tokens,),
         "density_peaks": (tokens, rand(6, 15) > 0.3, 4),
+        "dpp_map": (tokens.flatten(0, 1), rand(90), (30, 45, 15), (10, 20, 15)),
         "merge": (
             tokens.flatten(0, 1),
             torch.tensor([2, 5, 7, 80]),
@@ -120,7 +121,16 @@ def examples() -> dict[str, tuple[Any, ...]]:
             torch.tensor([1, 2, 7, 80, 1]),
             torch.tensor([0.5, 0.6, 0.25, 0.4, 0.25]),
         ),
+        "nearest": (tokens.flatten(0, 1), randn(7, 24, seed=1), "cosine"),
+        "retention_pool": (tokens.flatten(0, 1), torch.arange(89, 4, -1), 0.3, 30),
         "spectral_entropy": (tokens.flatten(0, 1),),
+        "text_attention": (
+            randn(4, 3, 8),
+            randn(2, 17, 8, seed=1),
+            8**-0.5,
+            torch.tensor([16, 5, 15]),
+            torch.arange(2, 15),
+        ),
     }
 
 
@@ -173,7 +183,10 @@ def test_arguments_stay_as_they_are(op: str, kind: str) -> None:
     handed, same = examples()[op], examples()[op]
     run(*handed)
     for a, b in zip(handed, same, strict=True):
-        assert equal(tuple(a), tuple(b)) if isinstance(a, list) else torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        if isinstance(a, Tensor):
+            assert torch.equal(a, b)
+        else:
+            assert equal(tuple(a), tuple(b)) if isinstance(a, list) else a == b
 
 
 @both
@@ -243,8 +256,18 @@ def test_the_default_dtype_does_not_matter(op: str, dtype: torch.dtype, kind: st
         ("cosine_fingerprint", "CHUNK_BYTES", 4 * (8 * 6 * 24 + 4 * 36)),
         ("density_peaks", "CHUNK_FRAMES", 1),
         ("density_peaks", "CHUNK_FRAMES", 4),
+        ("dpp_map", "LONGEST", {"cpu": 20}),
+        ("dpp_map", "KERNEL_ELEMENTS", 1),
         ("merge", "CHUNK_BYTES", 1),
         ("merge", "CHUNK_BYTES", 5 * 4 * 90),
+        ("retention_pool", "BLOCK_TOKENS", {"cpu": 7}),
+        ("retention_pool", "POOL_TOKENS", 3),
+        ("nearest", "CHUNK_ELEMENTS", 1),
+        ("nearest", "CHUNK_ELEMENTS", 24 * 4),
+        ("text_attention", "CHUNK_ELEMENTS", 1),
+        ("text_attention", "CHUNK_ELEMENTS", 17 * 2 * 2),
+        ("text_attention", "TILE_ELEMENTS", 1),
+        ("text_attention", "TILE_ELEMENTS", 8 * 5),
     ],
 )
 def test_chunks_do_not_show(op: str, constant: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +377,126 @@ def test_adjacent_difference_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_adjacent_difference_of_what_never_changes_is_exactly_zero(dtype: torch.dtype) -> None:
     assert ops.adjacent_difference(randn(1, 40, 33).to(dtype).expand(6, -1, -1)).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adjacent_difference_is_the_mean_of_changes(dtype: torch.dtype) -> None:
+    tokens = randn(11, 5, 16).to(dtype)
+    change = ops.frame_change(tokens)
+    for window in (2, 4, 5, 11, 99):
+        pairs = [i for i in range(10) if i // window == (i + 1) // window]
+        torch.testing.assert_close(ops.adjacent_difference(tokens, window), change[pairs].mean(0).float())
+
+
+# -- frame_change ------------------------------------------------------------------------------------------------------
+def test_frame_change_by_hand() -> None:
+    # Position 0 turns by 60, 90 and 180 degrees; position 1 only grows; position 2 is zero at first.
+    turning = torch.tensor([1.0, 2, 3, 4])[:, None] * at(0, 60, 150, 330).float()
+    growing = torch.tensor([[1.0, 0], [3, 0], [5, 0], [0.5, 0]])
+    zero = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0]])
+    got = ops.frame_change(torch.stack([turning, growing, zero], 1))
+    assert got.dtype == torch.float64
+    want = torch.tensor([[0.5, 0, 0], [1, 0, 1], [2, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(got, want, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_frame_change_of_copies_is_exactly_zero(dtype: torch.dtype) -> None:
+    tokens = randn(20, 7, 33).to(dtype)
+    tokens[5:9, 2] = tokens[5, 2]
+    tokens[10:, 4] = 0
+    got = ops.frame_change(tokens)
+    still = torch.zeros(19, 7, dtype=torch.bool)
+    still[5:8, 2] = still[10:, 4] = True
+    assert torch.equal(got == 0, still)
+    assert got[9, 4] == 1  # it vanished
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2, 8, 9, 10, 16, 17, 18, 33])
+def test_frame_change_in_chunks(frames: int) -> None:
+    tokens = randn(frames, 5, 12)
+    got = ops.frame_change(tokens)
+    assert got.shape == (max(0, frames - 1), 5) and got.dtype == torch.float64
+    x = tokens.double()
+    want = [1 - torch.cosine_similarity(x[i], x[i - 1], dim=-1) for i in range(1, frames)]
+    torch.testing.assert_close(got, torch.stack(want) if want else got, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_frame_change_does_not_see_length(scale: float) -> None:
+    tokens = randn(6, 5, 12)
+    torch.testing.assert_close(ops.frame_change(tokens * scale), ops.frame_change(tokens), atol=1e-6, rtol=0)
+
+
+# -- minmax ------------------------------------------------------------------------------------------------------------
+def test_minmax_by_hand() -> None:
+    got = ops.minmax(torch.tensor([3.0, 1.0, 2.0, 5.0]))
+    assert got.dtype == torch.float64 and got.tolist() == [0.5, 0, 0.25, 1]
+    assert ops.minmax(torch.tensor([-1.0, -3.0])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.0, 1e30])
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_minmax_of_equals_is_zero(n: int, value: float) -> None:
+    assert ops.minmax(torch.full((n,), value)).eq(0).all()
+
+
+@quick
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=30))
+def test_minmax_keeps_the_order(values: list[float]) -> None:
+    x = torch.tensor(values)
+    got = ops.minmax(x)
+    assert 0 <= got.min() and got.max() <= 1 and torch.equal(got[x.argsort(stable=True)], got.sort().values)
+    assert (got.max() == 1 and got.min() == 0) or x.min() == x.max()
+
+
+# -- max_cosine --------------------------------------------------------------------------------------------------------
+def test_max_cosine_by_hand() -> None:
+    tokens = torch.cat([3 * at(0, 100, 200).float(), torch.zeros(1, 2)])
+    others = torch.cat([at(60, 190).float() * 7, torch.zeros(1, 2)])
+    got = ops.max_cosine(tokens, others)
+    # 60 degrees from the first; 40; 10 from the second. A zero vector has cosine 0 with all.
+    want = torch.tensor([0.5, math.cos(math.radians(40)), math.cos(math.radians(10)), 0], dtype=torch.float64)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.max_cosine(tokens[:1], others[1:2])[0], torch.tensor(190.0).double().deg2rad().cos())
+    assert ops.max_cosine(tokens[1:2], at(280).float()).item() == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("elements", [1, 24 * 7, 10**6])
+def test_max_cosine_in_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    naive = importlib.import_module("vidcompress.ops.max_cosine.naive")
+    tokens, others = randn(50, 24), randn(9, 24, seed=1)
+    monkeypatch.setattr(naive, "CHUNK_ELEMENTS", elements)
+    want = torch.cosine_similarity(tokens.double()[:, None], others.double()[None], dim=-1).amax(1)
+    torch.testing.assert_close(ops.max_cosine(tokens, others), want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("n", [2, 7, 33, 100])
+@pytest.mark.parametrize("channels", [3, 17, 896])
+def test_max_cosine_of_copies_is_one_number(n: int, channels: int) -> None:
+    # Min-max scaling would make rounding noise a difference of 1.
+    copies = randn(1, channels).expand(n, -1)
+    for others in (1, 5):
+        likeness = ops.max_cosine(copies, randn(others, channels, seed=1))
+        assert ops.minmax(likeness).eq(0).all()
+
+
+def test_max_cosine_where_few_channels_dominate() -> None:
+    # All tokens point the same way to 1e-4, as hidden states do; what tells them apart lies far behind fp32's digits.
+    tokens, others = 1e-2 * randn(40, 64), 1e-2 * randn(5, 64, seed=1)
+    tokens[:, 3] += 100
+    others[:, 3] += 100
+    x, y = tokens.double(), others.double()
+    want = torch.cosine_similarity(x[:, None], y[None], dim=-1).amax(1)
+    got = ops.max_cosine(tokens, others)
+    torch.testing.assert_close(ops.minmax(got), ops.minmax(want), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_max_cosine_upcasts(dtype: torch.dtype) -> None:
+    tokens, others = randn(30, 24).to(dtype), randn(4, 24, seed=1).to(dtype)
+    assert torch.equal(ops.max_cosine(tokens, others), ops.max_cosine(tokens.float(), others.float()))
 
 
 # -- standardise -------------------------------------------------------------------------------------------------------
@@ -937,6 +1080,83 @@ def test_apportion_is_proportional_where_it_divides() -> None:
 def test_apportion_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="6 tokens do not fit under caps that add up to 5"):
         ops.apportion(6, [1, 1], [2, 3])
+    with pytest.raises(ValueError, match="6 tokens do not fit under caps that add up to 5"):
+        ops.apportion(6, [1, 1], [2, 3], [1, 1])
+    with pytest.raises(ValueError, match="2 tokens do not reach floors that add up to 3"):
+        ops.apportion(2, [1, 1], [9, 9], [1, 2])
+
+
+def shares_between(total: int, weights: list[int], caps: list[int], floors: list[int]) -> list[Fraction]:
+    """clip(s * weight, floor, cap) with the s that makes them add up, between two of its breakpoints, exactly."""
+
+    def at_scale(s: Fraction) -> list[Fraction]:
+        return [
+            min(max(s * w, Fraction(low)), Fraction(cap)) for w, low, cap in zip(weights, floors, caps, strict=True)
+        ]
+
+    limits = [*zip(weights, floors, strict=True), *zip(weights, caps, strict=True)]
+    breaks = sorted({Fraction(limit) / w for w, limit in limits} | {Fraction(0)})
+    high = next((s for s in breaks if sum(at_scale(s)) >= total), breaks[-1])
+    low = max((s for s in breaks if s < high), default=high)
+    below, above = sum(at_scale(low)), sum(at_scale(high))
+    return at_scale(high if above == below else low + (high - low) * (total - below) / (above - below))
+
+
+@st.composite
+def sharings_between(draw: st.DrawFn) -> tuple[int, list[int], list[int], list[int]]:
+    n = draw(st.integers(1, 9))
+    weights = draw(st.lists(st.integers(1, 40), min_size=n, max_size=n))
+    caps = draw(st.lists(st.integers(0, 30), min_size=n, max_size=n))
+    floors = [draw(st.integers(0, 1) | st.integers(0, cap)) if cap else 0 for cap in caps]
+    floors = [min(low, cap) for low, cap in zip(floors, caps, strict=True)]
+    return draw(st.integers(sum(floors), sum(caps))), weights, caps, floors
+
+
+@settings(quick, max_examples=1000)
+@given(sharings_between())
+@example((10, [1, 9], [10, 10], [4, 0]))
+@example((10, [1, 9, 2], [10, 5, 10], [4, 0, 0]))  # the cap takes more than the floor gives
+@example((10, [1, 9, 2], [10, 8, 10], [4, 0, 0]))  # and the other way round
+def test_apportion_between_floors_and_caps(sharing: tuple[int, list[int], list[int], list[int]]) -> None:
+    total, weights, caps, floors = sharing
+    counts = ops.apportion(total, weights, caps, floors)
+    assert sum(counts) == total
+    assert all(low <= c <= cap for low, c, cap in zip(floors, counts, caps, strict=True))
+    share = shares_between(total, weights, caps, floors)
+    assert sum(share) == total
+    want = [math.floor(s) for s in share]
+    for i in sorted(range(len(share)), key=lambda i: (want[i] - share[i], i))[: total - sum(want)]:
+        want[i] += 1
+    assert counts == want
+    assert ops.apportion(total, [w / 7 for w in weights], caps, floors) == want  # only proportions count
+
+
+@quick
+@given(sharings(st.floats(1e-3, 1e3)))
+def test_apportion_with_floors_of_zero(sharing: tuple[int, list[float], list[int]]) -> None:
+    total, weights, caps = sharing
+    assert ops.apportion(total, weights, caps, [0] * len(caps)) == ops.apportion(total, weights, caps)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "caps", "floors", "want"),
+    [
+        (10, [1, 9], [10, 10], [0, 0], [1, 9]),
+        (10, [1, 9], [10, 10], [3, 0], [3, 7]),
+        (10, [0, 1], [10, 10], [1, 1], [1, 9]),
+        (10, [0, 1], [10, 6], [1, 1], [4, 6]),  # zeros get what nobody else can take
+        (10, [0, 0], [10, 10], [1, 1], [5, 5]),
+        (10, [0, 0, 0], [10, 10, 10], [6, 0, 0], [6, 2, 2]),
+        (10, [6, 3], [15, 5], [1, 1], [7, 3]),  # 6.67 and 3.33
+        (2, [5, 3], [9, 9], [1, 1], [1, 1]),
+        (18, [5, 3], [9, 9], [1, 1], [9, 9]),
+        (12, [8, 1, 1, 1], [5, 9, 9, 9], [0, 0, 0, 4], [5, 2, 1, 4]),  # a cap and a floor: 3 left at 1 : 1
+    ],
+)
+def test_apportion_with_floors_by_hand(
+    total: int, weights: list[float], caps: list[int], floors: list[int], want: list[int]
+) -> None:
+    assert ops.apportion(total, weights, caps, floors) == want
 
 
 # -- anchor_budgets ----------------------------------------------------------------------------------------------------

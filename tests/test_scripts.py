@@ -27,7 +27,7 @@ def test_bench_methods(capsys):
     main = runpy.run_path(str(SCRIPTS / "bench_methods.py"))["main"]
     rows = main(["--grid", "9x4x4", "--channels", "24", "--repeat", "1", "--retention-ratio", "0.25", "--json"])
     assert [row["method"] for row in rows] == list(list_methods())
-    assert {row["method"]: row["kept"] for row in rows}["infomerge"] == 36
+    assert {row["method"]: row["kept"] for row in rows}["infomerge"] == [36]
     assert json.loads(capsys.readouterr().out)["rows"] == rows
 
 

@@ -243,3 +243,16 @@ def test_sites() -> None:
     assert Site.decoder(2) != Site.decoder(3)
     assert str(Site.projector()) == "projector" and str(Site.decoder(7)) == "decoder[7]"
     assert len({Site.decoder(1), Site.decoder(1), Site.projector()}) == 2
+    assert Site.decoder(3).is_inner and Site.decoder(0).is_inner and not Site.projector().is_inner
+
+
+def test_the_stage_of_a_site_does_not_count() -> None:
+    first, second = Site.decoder(4, 0), Site.decoder(4, 1)
+    assert first == second and hash(first) == hash(second) and (first.stage, second.stage) == (0, 1)
+    assert {first: "found"}[second] == "found"
+
+
+def test_tokens_that_entered() -> None:
+    index = torch.tensor([1, 6])
+    assert VideoTokens(torch.zeros(2, 3), (2, 2, 2), index).entered == 2
+    assert VideoTokens(torch.zeros(2, 3), (2, 2, 2), index, entered=5).entered == 5

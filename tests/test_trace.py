@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import compress, llava, llava_inputs, video_grid
 
-from vidcompress.engine import hooks, saliency
+from vidcompress.engine import plan, saliency
 from vidcompress.methods.infomerge import InfoMerge
 from vidcompress.tokens import Reduction, Site
 from vidcompress.trace import Prompt, Step, Trace
@@ -44,6 +44,9 @@ def step(before: int = 8, after: int = 2, **facts: Any) -> Step:
 def test_counts_add_up_over_videos_and_rows() -> None:
     prompt = Prompt([step(), step(30, 5, video=1), step(10, 10, row=1)], length_before=60, length_after=29)
     assert (prompt.before, prompt.after) == (48, 17)
+    # Every video counts once: as it entered its first site, and as it left its last.
+    prompt.steps += [step(2, 1, site=Site.decoder(1)), step(5, 4, video=1, site=Site.decoder(1))]
+    assert (prompt.before, prompt.after) == (48, 15)
     assert (Prompt().before, Prompt().after) == (0, 0)
 
 
@@ -65,7 +68,9 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
         torch.tensor([1]), 2, *(torch.tensor([x]) for x in (0, 0, 0.5)), {"weights": torch.tensor([0.25])}
     )
     inner = step(2, 1, site=Site.decoder(3), reduction=mixed, row=1, video=4, newlines=0)
-    trace.prompts.append(Prompt([step(), inner], 20, 9, 0.25, 0.125, [{"method": "random", "seed": 0}], "some/head"))
+    trace.prompts.append(
+        Prompt([step(), inner], 20, 9, 0.25, 0.125, [{"method": "random", "seed": 0}], "some/head", [9, 8], 0.0625)
+    )
     content = trace.to_dict()
     path = tmp_path / "trace.json"
     trace.save(path)
@@ -78,7 +83,9 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
         "after": 3,
         "length_before": 20,
         "length_after": 9,
+        "layer_lengths": [9, 8],
         "seconds": 0.25,
+        "inner_seconds": 0.0625,
         "signal_seconds": 0.125,
         "compression": [{"method": "random", "seed": 0}],
         "head": "some/head",
@@ -106,7 +113,7 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
 def test_repr() -> None:
     trace = Trace()
     assert repr(trace) == "Trace(no video seen yet)"
-    trace.prompts += [Prompt([step()]), Prompt([step(), step(10, 3)])]
+    trace.prompts += [Prompt([step()]), Prompt([step(), step(10, 3, video=1)])]
     assert repr(trace) == "Trace(2 prompts: 8 -> 2, 18 -> 5)"
     trace.prompts.popleft()
     assert repr(trace) == "Trace(1 prompt: 18 -> 5)"
@@ -170,9 +177,8 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return original()
 
     monkeypatch.setattr(time, "perf_counter", perf_counter)
-    for module in (hooks, saliency):
-        if hasattr(module, "synchronise"):
-            monkeypatch.setattr(module, "synchronise", lambda device: asked.append("waits for the device"))
+    for module in (plan, saliency):
+        monkeypatch.setattr(module, "synchronise", lambda device: asked.append("waits for the device"))
     return asked
 
 

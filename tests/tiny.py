@@ -10,15 +10,22 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 import vidcompress
 from vidcompress import Handle, Method, Reduction, Site, VideoTokens
+from vidcompress.method import Pipeline
 
 VOCABULARY = 200
 PAD, EOS = 0, 1
@@ -46,6 +53,7 @@ def llava(
     image_size: int = IMAGE_SIZE,
     vision_feature_layer: int | list[int] = -1,
     seed: int = 0,
+    text_class: type[PreTrainedConfig] = Qwen2Config,
     **text: Any,
 ) -> LlavaOnevisionForConditionalGeneration:
     """A model with random weights, the same for the same arguments, in eval mode.
@@ -54,7 +62,8 @@ def llava(
         attn: attention implementation of tower and decoder.
         layers: of the text decoder; the tower has 3.
         image_size: a multiple of `PATCH_SIZE`.
-        text: settings that override those of the Qwen2 text config.
+        text_class: config class of the text decoder.
+        text: settings that override those of the text config.
     """
     text_config: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -78,7 +87,7 @@ def llava(
         vision_use_head=False,
     )
     config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(**text_config | text).to_dict(),
+        text_config=text_class(**text_config | text).to_dict(),
         vision_config=vision_config.to_dict(),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -210,7 +219,7 @@ def without_head() -> Iterator[None]:
         yield
 
 
-def compress(model: nn.Module, method: Method | str, **settings: Any) -> Handle:
+def compress(model: nn.Module, method: Method | Pipeline | str, **settings: Any) -> Handle:
     """`vidcompress.apply` without that warning."""
     with without_head():
         return vidcompress.apply(model, method, **settings)
@@ -251,6 +260,72 @@ class AtMost(Method):
         return Reduction((tokens.features.sum(-1) > 0).nonzero().squeeze(1)[: self.budget(tokens.grid)], len(tokens))
 
 
+@dataclass(kw_only=True)
+class Inner(Method):
+    """Base of toys that act at the input of decoder layers, each time keeping the same fraction of what is left."""
+
+    retention_ratio: float = 0.6
+    layers: tuple[int, ...] = (2,)
+
+    def sites(self, depth: int = 28) -> list[Site]:
+        return [Site.decoder(layer, stage) for stage, layer in enumerate(self.layers)]
+
+    def top(self, tokens: VideoTokens, site: Site, score: Tensor) -> Reduction:
+        """Keeps the tokens of the highest score [M]."""
+        order = score.float().argsort(descending=True, stable=True)
+        count = self.count(site, tokens.grid, tokens.entered, len(tokens))
+        return Reduction(order[:count].sort().values, len(tokens), notes={"kept": [*self.kept(tokens), count]})
+
+    def kept(self, tokens: VideoTokens) -> list[int]:
+        """What it kept at its sites before: the notes of one are handed to the next."""
+        return tokens.notes.get("kept", [])
+
+
+@dataclass(kw_only=True)
+class InnerPrune(Inner):
+    """Keeps the tokens of the largest norm, and checks what it is told of its earlier sites."""
+
+    def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
+        kept = self.kept(tokens)
+        assert len(kept) == site.stage and kept[-1:] in ([], [len(tokens)])
+        return self.top(tokens, site, tokens.features.norm(dim=-1))
+
+
+@dataclass(kw_only=True)
+class InnerMix(Inner):
+    """Merges every token that goes into its neighbour that stays, with unequal weights."""
+
+    def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
+        n, k = len(tokens), self.count(site, tokens.grid, tokens.entered, len(tokens))
+        keep = torch.arange(k) * n // k
+        own = keep[torch.arange(k) % 3 != 0]
+        parts = [(own, own, torch.full(own.shape, 0.7)), (own, (own + 1) % n, torch.full(own.shape, 0.4))]
+        return Reduction.merging(keep, n, parts)
+
+
+@dataclass(kw_only=True)
+class Attentive(Inner):
+    """Keeps the tokens that a signal of the decoder singles out, and remembers what it was shown."""
+
+    signal: str = "text_attention"
+    seen: list[VideoTokens] = field(default_factory=list)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.signal})
+
+    def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
+        self.seen.append(tokens)
+        value = tokens.signal(self.signal)
+        if self.signal == "text_attention.heads":
+            value = value.sum(0).amax(0)
+        elif self.signal == "text_hidden":
+            value = (tokens.features @ value.T).amax(1)
+        elif self.signal == "last_text_hidden":
+            value = tokens.features @ value
+        return self.top(tokens, site, value)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "prune": functools.partial(Prune, retention_ratio=0.34),
     "merge": functools.partial(Mix, retention_ratio=0.34),
@@ -261,7 +336,45 @@ METHODS: dict[str, Callable[..., Method]] = {
 """From toys to the real thing: factories that take further settings."""
 
 
-def pair(method: Method, **model: Any) -> tuple[Any, Any, Handle]:
+PIPELINES: dict[str, list[Callable[..., Method]]] = {
+    "one": [functools.partial(InnerMix, layers=(2,))],
+    "two": [functools.partial(InnerPrune, layers=(1, 4))],
+    "three": [
+        functools.partial(Attentive, layers=(1,)),
+        functools.partial(InnerMix, layers=(3,)),
+        functools.partial(Attentive, layers=(4,), signal="last_query_attention.previous"),
+    ],
+    "outer and one": [METHODS["merge"], functools.partial(Attentive, layers=(0,), signal="last_query_attention")],
+    "outer and two": [METHODS["prune"], functools.partial(InnerMix, layers=(2, 5))],
+    "outer and three": [
+        functools.partial(Mix, retention_ratio=0.7),
+        functools.partial(Attentive, layers=(1,), signal="text_attention.heads"),
+        functools.partial(InnerPrune, layers=(2, 4)),
+    ],
+}
+"""Methods at the input of one, two and three of 6 decoder layers, with and without one before them."""
+
+REAL: dict[str, list[Callable[..., Method]]] = {
+    "fastv": [functools.partial(vidcompress.load, "fastv")],
+    "pyramiddrop": [functools.partial(vidcompress.load, "pyramiddrop")],
+    "text_aware_merge": [functools.partial(vidcompress.load, "text_aware_merge")],
+    "unified": [functools.partial(vidcompress.load, "unified", retention_ratio=0.5)],
+    "hieravid": [functools.partial(vidcompress.load, "hieravid", retention_ratio=0.4)],
+    "infomerge and text_aware_merge": [METHODS["infomerge"], functools.partial(vidcompress.load, "text_aware_merge")],
+}
+
+POLICIES = ["keep", "renumber", "keep first", "renumber first"]
+
+
+def pipeline(name: str, positions: str = "keep") -> Pipeline:
+    """One of `PIPELINES` or `REAL`; "... first" alternates between the two policies from method to method."""
+    first, mixed = positions.removesuffix(" first"), positions.endswith("first")
+    other = {"keep": "renumber", "renumber": "keep"}[first]
+    factories = (PIPELINES | REAL)[name]
+    return Pipeline([f(positions=other if mixed and i % 2 else first) for i, f in enumerate(factories)])
+
+
+def pair(method: Method | Pipeline, **model: Any) -> tuple[Any, Any, Handle]:
     """A plain model, an equal one that is compressed, and its handle."""
     plain, compressed = llava(**model), llava(**model)
     return plain, compressed, compress(compressed, method)

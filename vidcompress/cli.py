@@ -1,4 +1,4 @@
-"""`vidcompress run | list | show | demo`. Needs the extra [cli]; `run` and `demo` need [video] too."""
+"""`vidcompress run | list | show | flops | demo`. Needs the extra [cli]; `run` and `demo` need [video] too."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ def load(compression: Compression, **overrides: Any) -> Method | Pipeline:
     """A ready `Method`, or a `Pipeline` for a list.
 
     Args:
-        compression: a method's name ("infomerge"), a YAML path, a mapping with the key `method`, a `Method`, or a list
+        compression: a method's name ("infomerge") or a named preset's ("hieravid-30"), a YAML path, a mapping with the
+            key `method`, a `Method`, or a list
             of these for a pipeline. A `Method` is used as it stands: constructing a class applies no preset.
         overrides: settings that win over all others, e.g. `retention_ratio=0.1`.
 
@@ -65,8 +66,14 @@ def load(compression: Compression, **overrides: Any) -> Method | Pipeline:
 
 
 def shipped(name: str) -> dict[str, Any]:
-    """The shipped YAML of a method, as a mapping."""
+    """The shipped YAML of a method or of a named preset, as a mapping."""
     return read_yaml(importlib.resources.files("vidcompress.configs") / f"{name}.yaml")
+
+
+def list_presets() -> dict[str, str]:
+    """Every named preset ("hieravid-30") and its method: a shipped YAML that is called after its method and more."""
+    stems = [f.name.removesuffix(".yaml") for f in importlib.resources.files("vidcompress.configs").iterdir()]
+    return {stem: stem.partition("-")[0] for stem in sorted(stems) if "-" in stem}
 
 
 def read_yaml(path: Any) -> Any:
@@ -110,12 +117,18 @@ def preset_for(presets: Mapping[float, Mapping[str, Any]], retention_ratio: floa
 
 
 def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Method:
-    known = list_methods()
+    known, named = list_methods(), list_presets()
     name = given.pop("method", None)
     if not isinstance(name, str):
         raise ValueError(f"{where} must name its `method` (one of: {', '.join(known)}), got {name!r}")
+    if name in named:
+        if "retention_ratio" in given or "retention_ratio" in overrides:
+            raise ValueError(f"{name} fixes retention_ratio; use {named[name]!r} with one of your own")
+        given, name = shipped(name) | given, named[name]
+        del given["method"]
     if name not in known:
-        raise ValueError(f"unknown compression {name!r}{nearest(name, known)}; available: {', '.join(known)}")
+        words = [*known, *named]
+        raise ValueError(f"unknown compression {name!r}{nearest(name, words)}; available: {', '.join(words)}")
     cls = known[name]
     base = shipped(name)
     presets = given.get("presets") or base.get("presets") or {}

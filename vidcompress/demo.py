@@ -221,6 +221,4 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator([words, QUESTION] * 2, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left")

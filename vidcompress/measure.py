@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ import torch
 from torch import nn
 
 from vidcompress import patches
+from vidcompress.costs import measured_kv_bytes
 from vidcompress.engine.handle import handle_of
 from vidcompress.engine.saliency import synchronise
+from vidcompress.trace import Prompt
 from vidcompress.video import Video, prepare_inputs
 
 
@@ -25,8 +28,14 @@ class Result:
     """What one answer took. Times in milliseconds, memory in MB; `generation` is everything after the prefill.
 
     Attributes:
-        tokens_before, tokens_after: video tokens the encoder made, and those the decoder ran over (newlines excluded).
-        prompt_before, prompt_after: the same for the whole prompt, text and newlines included.
+        tokens_before, tokens_after: video tokens the encoder made, and those that the decoder's last layer ran over
+            (newlines excluded).
+        prompt_before, prompt_after: tokens of the whole prompt, text and newlines included, and those that entered the
+            decoder.
+        mean_length: tokens a decoder layer ran over, the mean over its layers.
+        prefill_ms: the decoder's first run, without the time that compression took within it.
+        decode_tokens_per_second: new tokens after the first, over the time from the end of the prefill; None for one.
+        kv_cache_mb: keys and values that the cache holds after the answer.
         settings: name and fields of every method; empty without compression.
         head: where the SigLIP pooling head came from; None if none was used.
         peak_memory_mb: most memory during the call, allocated on the GPU or resident in the process; None where the
@@ -42,12 +51,15 @@ class Result:
     tokens_after: int
     prompt_before: int
     prompt_after: int
+    mean_length: float
     new_tokens: int
     decode_ms: float
     vision_ms: float
     compression_ms: float
     prefill_ms: float
     generation_ms: float
+    decode_tokens_per_second: float | None
+    kv_cache_mb: float | None
     peak_memory_mb: float | None
     device: str
     dtype: str
@@ -64,18 +76,19 @@ class _Clock:
         self.device = device
         self.vision = self.prefill = 0.0
         self.started: float | None = None
-        self.prefilled = False
+        self.prefilled: float | None = None
 
     def now(self) -> float:
         synchronise(self.device)
         return time.perf_counter()
 
     def before_decoder(self, module: nn.Module, args: Any) -> None:
-        self.started = None if self.prefilled else self.now()
+        self.started = None if self.prefilled is not None else self.now()
 
     def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.started is not None:
-            self.prefill, self.started, self.prefilled = self.now() - self.started, None, True
+            self.prefilled = self.now()
+            self.prefill, self.started = self.prefilled - self.started, None
 
 
 @contextmanager
@@ -128,59 +141,70 @@ def ask(
     inputs = prepare_inputs(processor, video, prompt).to(model.device)
     floating = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     device = next(model.parameters()).device
-    _reset_peak(device)
+    reset_peak_memory(device)
     with _stages(model) as clock:
         start = clock.now()
-        output = model.generate(**floating, max_new_tokens=max_new_tokens, do_sample=False)
-        total = clock.now() - start
+        output = model.generate(
+            **floating, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
+        )
+        end = clock.now()
     length = inputs["input_ids"].shape[1]
-    patch = patches.find(model.config)
-    found = patch.encoded(model, inputs, {})
-    before = after = sum(v.tokens for v in found)
-    prompt_after, compression, signals = length, 0.0, 0.0
-    settings, head = [], None
-    if handle is not None and handle.trace.last is not None:
-        last = handle.trace.last
-        settings, head = last.compression, last.head
-        after, prompt_after = last.after, last.length_after
-        compression, signals = last.seconds + last.signal_seconds, last.signal_seconds
-    vision = clock.vision - signals
-    answer = processor.batch_decode(output[:, length:], skip_special_tokens=True)[0].strip()
+    record = None if handle is None else handle.trace.last
+    if record is None:
+        record = Prompt(length_before=length, length_after=length, layer_lengths=[length])
+    before = sum(v.tokens for v in patches.find(model.config).encoded(model, inputs, {}))
+    outer = record.seconds - record.inner_seconds
+    written = output.sequences.shape[1] - length
+    decoding = 0.0 if clock.prefilled is None else end - clock.prefilled
     return Result(
         compression="none" if handle is None else handle.compression.name,
-        settings=settings,
-        head=head,
-        answer=answer,
+        settings=record.compression,
+        head=record.head,
+        answer=processor.batch_decode(output.sequences[:, length:], skip_special_tokens=True)[0].strip(),
         frames=len(video.frames),
         tokens_before=before,
-        tokens_after=after,
+        tokens_after=record.after if record.steps else before,
         prompt_before=length,
-        prompt_after=prompt_after,
-        new_tokens=output.shape[1] - length,
+        prompt_after=record.length_after,
+        mean_length=statistics.fmean(record.layer_lengths),
+        new_tokens=written,
         decode_ms=1e3 * decode_seconds,
-        vision_ms=1e3 * vision,
-        compression_ms=1e3 * compression,
-        prefill_ms=1e3 * clock.prefill,
-        generation_ms=1e3 * (total - clock.vision - (compression - signals) - clock.prefill),
-        peak_memory_mb=_peak_mb(device),
+        vision_ms=1e3 * (clock.vision - record.signal_seconds),
+        compression_ms=1e3 * (record.seconds + record.signal_seconds),
+        prefill_ms=1e3 * (clock.prefill - record.inner_seconds),
+        generation_ms=1e3 * (end - start - clock.vision - outer - clock.prefill),
+        decode_tokens_per_second=(written - 1) / decoding if written > 1 else None,
+        kv_cache_mb=_cache_mb(output.past_key_values),
+        peak_memory_mb=peak_memory_mb(device),
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
-def _reset_peak(device: torch.device) -> None:
+def _cache_mb(cache: Any) -> float | None:
+    """Keys and values of a cache; None if there is none."""
+    return None if cache is None else sum(measured_kv_bytes(cache)) / 1e6
+
+
+def reset_peak_memory(device: torch.device) -> float | None:
+    """Lets `peak_memory_mb` count from now on; the MB in use now, None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return torch.cuda.memory_allocated(device) / 1e6
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _resident("VmRSS")
 
 
-def _peak_mb(device: torch.device) -> float | None:
-    """Most memory since `_reset_peak`: allocated on the GPU or resident in the process; None where it is not told."""
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Most MB since `reset_peak_memory`: allocated on the GPU or resident in the process; None if it is not told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    return _resident("VmHWM")
+
+
+def _resident(line: str) -> float | None:
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(line.split()[1]) / 1e3 for line in status.splitlines() if line.startswith("VmHWM"))
+        return next(int(entry.split()[1]) / 1e3 for entry in status.splitlines() if entry.startswith(line))
     return None

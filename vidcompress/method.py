@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import math
 import numbers
 import os
@@ -19,6 +20,9 @@ import torch
 from vidcompress.precision import full_precision
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
+DEPTH = 28
+"""Decoder layers of the 7B models that the papers measure, assumed where no model is at hand."""
+
 
 def setting(
     default: Any, doc: str, *, low: float | None = None, high: float | None = None, above: float | None = None
@@ -31,13 +35,16 @@ def setting(
 class Method:
     """One published compression method. Its fields are its configuration; it decides and never moves data.
 
-    A subclass writes `reduce`. Class attributes say what it needs (`needs`: signals by name) and how it counts
-    (`budget_rule`). Raises ValueError or TypeError on construction when a field is out of range or of the wrong type.
+    A subclass writes `reduce`, and `sites` and `count` if it acts inside the LLM. Class attributes say what it needs
+    (`needs`: signals by name) and how it counts before the LLM (`budget_rule`). Raises ValueError or TypeError on
+    construction when a field is out of range or of the wrong type.
     """
 
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     budget_rule: ClassVar[Literal["exact", "frame_floor", "frame_round"]] = "exact"
+    looks_ahead: ClassVar[bool] = False
+    """Whether `reduce` is called at the first site even if nothing is to be removed: later ones need its notes."""
 
     retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", above=0, high=1)
     positions: Literal["keep", "renumber"] = setting(
@@ -55,17 +62,31 @@ class Method:
             setattr(self, f.name, _checked(self.name, f.name, hints[f.name], getattr(self, f.name), f.metadata))
 
     # -- what a method says of itself --------------------------------------------------------------------------------
-    def sites(self) -> list[Site]:
-        """Where it acts. The default is the projector's output, before the LLM."""
+    def sites(self, depth: int = DEPTH) -> list[Site]:
+        """Where it acts in an LLM of `depth` decoder layers, in order. The default is the projector's output."""
         return [Site.projector()]
 
     @property
     def exact(self) -> bool:
-        """True if `budget` is the count that will be kept; False if it is only the most that can be."""
+        """True if `budget` and `count` say what will be kept; False if they only say the most that can be."""
         return True
 
+    def count(self, site: Site, grid: Grid, entered: int, before: int) -> int:
+        """Number of tokens kept at `site`, known before any feature is (D3).
+
+        Args:
+            grid: (t, h, w) of the whole video.
+            entered: its tokens that entered the LLM; all of them where `site` is the projector.
+            before: its tokens that reach this site.
+        """
+        if site == Site.projector():
+            return self.budget(grid)
+        return min(before, max(1, floor(self.retention_ratio * before)))
+
     def budget(self, grid: Grid) -> int:
-        """Number of tokens kept of a (t, h, w) video: a pure function of the grid and the fields (D3)."""
+        """Tokens kept of a (t, h, w) video before the LLM: a pure function of the grid and the fields (D3)."""
+        if Site.projector() not in self.sites():
+            return math.prod(grid)
         t, h, w = grid
         per_frame = h * w
         total = t * per_frame
@@ -84,39 +105,33 @@ class Method:
 
     def decide(self, tokens: VideoTokens, site: Site) -> Reduction:
         """`reduce`, with the promises kept: a budget that covers all tokens changes nothing, and the count is exact."""
-        if site == Site.projector() and self.budget(tokens.grid) >= len(tokens):
+        count = self.count(site, tokens.grid, tokens.entered, len(tokens))
+        if count >= len(tokens) and not (self.looks_ahead and site.stage == 0):
             return Reduction.identity(len(tokens), tokens.features.device)
         with torch.no_grad(), full_precision(tokens.features.device):
             reduction = self.reduce(tokens, site).check()
-        budget = self.budget(tokens.grid)
-        if site == Site.projector() and (len(reduction) > budget or (self.exact and len(reduction) != budget)):
-            raise RuntimeError(f"{self.name} kept {len(reduction)} tokens of {len(tokens)}, its budget is {budget}")
+        if len(reduction) > count or (self.exact and len(reduction) != count):
+            raise RuntimeError(f"{self.name} kept {len(reduction)} tokens of {len(tokens)} at {site}, not {count}")
         return reduction
 
     def settings(self) -> dict[str, Any]:
         """The fields as plain values, ready for YAML or JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 class Pipeline:
-    """Several methods at different sites: at most one before the LLM, at most one at each decoder layer.
+    """Several methods at different sites, in the order in which they act: at most one before the LLM, at most one at
+    the input of each decoder layer. Each follows its own `positions`.
 
-    Raises ValueError when two methods meet at one site, or disagree on `positions`.
+    Raises ValueError when two methods meet at one site, or are listed in another order than they act in.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
         self.methods = tuple(methods)
         if not self.methods:
             raise ValueError("a pipeline needs at least one method")
-        self.stages: dict[Site, Method] = {}
-        for method in self.methods:
-            for site in method.sites():
-                if site in self.stages:
-                    raise ValueError(f"{self.stages[site].name} and {method.name} both act at {site}; one is allowed")
-                self.stages[site] = method
-        policies = {m.positions for m in self.methods}
-        if len(policies) > 1:
-            raise ValueError(f"the methods of a pipeline must agree on `positions`, got {sorted(policies)}")
+        self._stages(DEPTH)
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(map(repr, self.methods))})"
@@ -139,10 +154,56 @@ class Pipeline:
         """Every signal some method needs."""
         return frozenset().union(*(m.needs for m in self.methods))
 
-    @property
-    def positions(self) -> str:
-        """The policy all methods agree on."""
-        return self.methods[0].positions
+    def stages(self, depth: int = DEPTH) -> dict[Site, Method]:
+        """The method at every site of an LLM of `depth` decoder layers, in the order of the layers.
+
+        Raises ValueError if a site lies beyond the depth, or two methods meet.
+        """
+        stages = self._stages(depth)
+        for site, method in stages.items():
+            if site.layer >= depth:
+                raise ValueError(
+                    f"{method.name} acts at the input of layer {site.layer}; this decoder has {depth} layers, "
+                    f"0 to {depth - 1}"
+                )
+        return stages
+
+    def counts(self, grid: Grid, depth: int = DEPTH) -> dict[Site, int]:
+        """Tokens of a (t, h, w) video that are kept at every site (at most, if some method is not `exact`)."""
+        entered = now = math.prod(grid)
+        counts = {}
+        for site, method in self.stages(depth).items():
+            now = counts[site] = min(now, method.count(site, grid, entered, now))
+            if site == Site.projector():
+                entered = now
+        return counts
+
+    def lengths(self, grid: Grid, depth: int = DEPTH) -> list[int]:
+        """Tokens of a (t, h, w) video that every decoder layer runs over: `depth` numbers."""
+        counts = self.counts(grid, depth)
+        now, lengths = counts.get(Site.projector(), math.prod(grid)), []
+        for layer in range(depth):
+            now = counts.get(Site.decoder(layer), now)
+            lengths.append(now)
+        return lengths
+
+    def _stages(self, depth: int) -> dict[Site, Method]:
+        stages: dict[Site, Method] = {}
+        firsts = []
+        for method in self.methods:
+            sites = method.sites(depth)
+            firsts.append((sites[0].layer, method.name, sites[0]))
+            for site in sites:
+                if site in stages:
+                    raise ValueError(f"{stages[site].name} and {method.name} both act at {site}; one is allowed")
+                stages[site] = method
+        for (layer, name, site), (next_layer, next_name, next_site) in itertools.pairwise(firsts):
+            if next_layer < layer:
+                raise ValueError(
+                    f"{next_name} acts at {next_site}, before {name} at {site}; list the methods of a pipeline in the "
+                    "order in which they act"
+                )
+        return dict(sorted(stages.items(), key=lambda stage: stage[0].layer))
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -162,6 +223,15 @@ def list_methods() -> dict[str, type[Method]]:
 def floor(x: float) -> int:
     """floor with a guard for products such as 0.29 * 100, which binary floats put just below the integer."""
     return math.floor(x + 1e-9)
+
+
+def decay_for(mean: float) -> float:
+    """q in [0, 1] such that 1, q, q^2, q^3 have this mean, 0.25 to 1: a schedule over four quarters of the layers."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        q = (low + high) / 2
+        low, high = (q, high) if 1 + q + q**2 + q**3 < 4 * mean else (low, q)
+    return high
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -185,6 +255,10 @@ def _checked(method: str, name: str, hint: Any, value: Any, meta: typing.Mapping
             hint_text = nearest(value, choices) if isinstance(value, str) else ""
             raise ValueError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint_text}")
         return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise TypeError(f"{where} must be a list of {typing.get_args(hint)[0].__name__}, got {value!r}")
+        return tuple(_checked(method, name, typing.get_args(hint)[0], part, meta) for part in value)
     kinds: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, bool: bool, str: (str, os.PathLike)}
     accepted = kinds.get(hint)
     if accepted is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vidcompress.config import load, shipped
-from vidcompress.method import Method, list_methods
+from vidcompress.method import Method, Pipeline, list_methods
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,11 +22,14 @@ RESULT = (
     ("video tokens after", "tokens_after", "d"),
     ("prompt tokens before", "prompt_before", "d"),
     ("prompt tokens after", "prompt_after", "d"),
+    ("prompt tokens a layer, mean", "mean_length", ".1f"),
     ("decode video, ms", "decode_ms", ".0f"),
     ("vision, ms", "vision_ms", ".1f"),
     ("compression, ms", "compression_ms", ".1f"),
     ("prefill, ms", "prefill_ms", ".1f"),
     ("generation, ms", "generation_ms", ".1f"),
+    ("decoding, tokens/s", "decode_tokens_per_second", ".1f"),
+    ("KV cache, MB", "kv_cache_mb", ".2f"),
     ("peak memory, MB", "peak_memory_mb", ".0f"),
     ("answer", "answer", "s"),
 )
@@ -42,8 +45,9 @@ def method_rows() -> Rows:
         assert isinstance(method, Method)
         source = f"arXiv:{paper['arxiv']}" if "arxiv" in paper else paper["title"]
         needs = ", ".join(sorted(method.needs)) or "nothing"
-        kept = f"{method.budget((32, 14, 14))} at {method.retention_ratio:g}"
-        rows.append((name, source, ", ".join(map(str, method.sites())), needs, kept))
+        counts = Pipeline.of(method).counts((32, 14, 14))
+        kept = f"{', '.join(map(str, counts.values()))} at {method.retention_ratio:g}"
+        rows.append((name, source, ", ".join(map(str, counts)), needs, kept))
     return header, rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,35 @@ Grid = tuple[int, int, int]
 """Frames, rows and columns of one video's tokens, after the projector's pooling and without newline tokens."""
 
 
-class Site(NamedTuple):
-    """A place where a method acts: the projector's output (outer-LLM) or the input of a decoder layer (inner-LLM)."""
+@dataclass(frozen=True)
+class Site:
+    """A place where a method acts: the projector's output (outer-LLM) or the input of a decoder layer (inner-LLM).
 
-    name: str
-    layer: int = -1
+    Attributes:
+        layer: decoder layer, counted from 0; -1 for the projector.
+        stage: which of its method's sites it is, counted from 0; does not count when sites are compared.
+    """
+
+    layer: int
+    stage: int = field(default=0, compare=False)
 
     @classmethod
     def projector(cls) -> Site:
         """The video tokens as the text decoder is about to get them."""
-        return cls("projector")
+        return cls(-1)
 
     @classmethod
-    def decoder(cls, layer: int) -> Site:
+    def decoder(cls, layer: int, stage: int = 0) -> Site:
         """The input of decoder layer `layer`, counted from 0."""
-        return cls("decoder", layer)
+        return cls(layer, stage)
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it lies inside the LLM."""
+        return self.layer >= 0
 
     def __str__(self) -> str:
-        return self.name if self.name == "projector" else f"{self.name}[{self.layer}]"
+        return f"decoder[{self.layer}]" if self.is_inner else "projector"
 
 
 @dataclass(frozen=True)
@@ -44,14 +55,20 @@ class VideoTokens:
         features: [M, C], in the model's dtype.
         grid: (t, h, w) of the whole video; M = t * h * w as long as nothing was removed.
         index: [M] ascending places in the flattened t * h * w grid; None stands for all of them.
-        signals: what the method's `needs` asked for, by name: `frame_features` [t, F], `saliency.head` [M],
-            `saliency.received` [M].
+        signals: what the method's `needs` asked for, by name. From the vision tower: `frame_features` [t, F],
+            `saliency.head` [M], `saliency.received` [M]. From the decoder (Q text tokens after the video, H heads):
+            `text_attention` [M], `text_attention.heads` [H, Q, M], `last_query_attention` [M],
+            `last_query_attention.previous` [M], `text_hidden` [Q, C], `last_text_hidden` [C].
+        notes: what the same method noted about this video at its site before this one.
+        entered: tokens of this video that entered the LLM; M where nothing is said.
     """
 
     features: Tensor
     grid: Grid
     index: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    entered: int = -1
 
     def __post_init__(self) -> None:
         t, h, w = self.grid
@@ -62,6 +79,8 @@ class VideoTokens:
         expected = t * h * w if self.index is None else self.index.numel()
         if len(self) != expected:
             raise ValueError(f"{len(self)} tokens do not fill the grid {self.grid} ({expected} tokens expected)")
+        if self.entered < 0:
+            object.__setattr__(self, "entered", len(self))
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -88,7 +107,7 @@ class Reduction:
         num_source: N.
         slot, source, weight: [E] triplets: survivor `slot` receives `weight` times the token `source`. A slot without
             triplets hands its own token on, unchanged. None means that no slot has any (pure pruning).
-        notes: what the method wants recorded (segments, budgets); read by the trace only.
+        notes: what the method wants recorded (segments, budgets), for the trace and for its own later sites.
     """
 
     keep: Tensor

@@ -48,9 +48,12 @@ class Prompt:
     Attributes:
         compression: name and settings of every method.
         head: where the SigLIP pooling head came from; None if none was used (see docs/decisions.md, D6).
-        length_before, length_after: tokens the decoder would have run over and did run over, padding included.
+        length_before, length_after: tokens the decoder would have run over, and those that entered its first layer,
+            padding included.
+        layer_lengths: tokens that every decoder layer ran over, padding included.
         seconds: wall time of everything the library did at this prefill: decisions, merging, shortening. The signals
             from the tower come on top.
+        inner_seconds: the part of `seconds` that was spent between decoder layers.
         signal_seconds: wall time of the saliency and frame features taken from the vision tower.
     """
 
@@ -61,20 +64,23 @@ class Prompt:
     signal_seconds: float = 0.0
     compression: list[dict[str, Any]] = field(default_factory=list)
     head: str | None = None
+    layer_lengths: list[int] = field(default_factory=list)
+    inner_seconds: float = 0.0
 
     @property
     def before(self) -> int:
         """Video tokens in this prompt before compression, over all videos and rows, newlines not counted."""
-        return sum(s.before for s in self.steps)
+        return sum({(s.row, s.video): s.before for s in reversed(self.steps)}.values())
 
     @property
     def after(self) -> int:
-        """Video tokens kept."""
-        return sum(s.after for s in self.steps)
+        """Video tokens that are left after the last site."""
+        return sum({(s.row, s.video): s.after for s in self.steps}.values())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        names = ("compression", "head", "before", "after", "length_before", "length_after", "seconds", "signal_seconds")
+        names = ["compression", "head", "before", "after", "length_before", "length_after", "layer_lengths"]
+        names += ["seconds", "inner_seconds", "signal_seconds"]
         return {k: getattr(self, k) for k in names} | {"steps": [s.to_dict() for s in self.steps]}
 
 

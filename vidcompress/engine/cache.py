@@ -2,8 +2,8 @@
 
 generate() uses `get_seq_length` wherever it means the caller's length, and `get_query_offset`/`get_mask_sizes` wherever
 it means stored keys. Answering the first with the logical and the others with the physical length is all that several
-turns, manual loops, beams and assisted decoding need. Compression only ever shortens a fixed prefix; tokens decoded
-later are stored one to one.
+turns, manual loops, beams and assisted decoding need. Compression only ever shortens a fixed prefix, at each decoder
+layer its own way; tokens decoded later are stored one to one.
 """
 
 from __future__ import annotations
@@ -18,31 +18,49 @@ from transformers.cache_utils import Cache
 
 
 @dataclass
+class CachedPrefix:
+    """The compressed prefix as the layers from `start` on store it, up to the next one's start.
+
+    Attributes:
+        start: a decoder layer.
+        mask: [B, physical] bool, True where the prefix holds a real token.
+        shift: [B] by how much renumbering moved the positions that follow, or None.
+    """
+
+    start: int
+    mask: Tensor
+    shift: Tensor | None = None
+
+    def map(self, rows: Callable[[Tensor], Tensor]) -> CachedPrefix:
+        """After a change of batch rows."""
+        return CachedPrefix(self.start, rows(self.mask), None if self.shift is None else rows(self.shift))
+
+
+@dataclass
 class CacheState:
     """The compressed prefix of a cache: all up to the last removed token. What follows is stored one to one.
 
     Attributes:
         logical: tokens of the caller's sequence that the prefix stands for.
-        mask: [B, physical] bool, True where the prefix holds a real token.
-        shift: [B] by how much renumbering moved the positions that follow, or None.
+        prefixes: how the layers store it, by ascending start; the first starts at layer 0.
         served: whether a forward of the engine's is running, which alone knows what the prefix holds.
     """
 
     logical: int
-    mask: Tensor
-    shift: Tensor | None = None
+    prefixes: tuple[CachedPrefix, ...]
     served: bool = False
 
-    @property
-    def removed(self) -> int:
-        """Tokens that the caller counts and the cache does not store."""
-        return self.logical - self.mask.shape[1]
+    def at(self, layer: int) -> CachedPrefix:
+        """What a decoder layer stores of the prefix."""
+        return next(p for p in reversed(self.prefixes) if p.start <= layer)
+
+    def removed(self, layer: int) -> int:
+        """Tokens that the caller counts and this layer's cache does not store."""
+        return self.logical - self.at(layer).mask.shape[1]
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of batch rows."""
-        self.mask = rows(self.mask)
-        if self.shift is not None:
-            self.shift = rows(self.shift)
+        self.prefixes = tuple(prefix.map(rows) for prefix in self.prefixes)
 
 
 class LogicalLength:
@@ -57,7 +75,7 @@ class LogicalLength:
         state = self.vidcompress_state
         if state is None or not self.layers or not self.layers[0].is_initialized:
             return stored
-        return stored + state.removed
+        return stored + state.removed(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """The stored length."""
@@ -84,7 +102,8 @@ class LogicalLength:
         if state is not None and length - remove < state.logical:
             raise ValueError(
                 f"cannot crop this cache from {length} to {length - remove} tokens: its first {state.logical} are a "
-                f"compressed prompt of {state.mask.shape[1]} stored ones; crop to {state.logical} or more, or reset()"
+                f"compressed prompt ({state.at(0).mask.shape[1]} stored at layer 0); crop to {state.logical} or more, "
+                "or reset()"
             )
         super().crop(-remove)  # type: ignore[misc]
 
@@ -107,7 +126,6 @@ class LogicalLength:
     def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.vidcompress_state is not None:
             self.vidcompress_state.map(rows)
-
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (type(self).__bases__[1],), self.__dict__
@@ -138,4 +156,4 @@ def commit(cache: Cache, state: CacheState) -> None:
 def state_of(cache: Cache | None) -> CacheState | None:
     """The compressed prefix of a cache; None for a plain or empty one."""
     state = getattr(cache, "vidcompress_state", None)
-    return state if state is None or torch.is_tensor(state.mask) else None
+    return state if state is None or torch.is_tensor(state.prefixes[0].mask) else None

@@ -9,10 +9,10 @@ from torch import nn
 
 from vidcompress import patches
 from vidcompress.config import Compression, load
+from vidcompress.engine.decoder_signals import DECODER_SIGNALS
 from vidcompress.engine.hooks import Engine
 from vidcompress.engine.siglip_head import SiglipHead, load_siglip_head
 from vidcompress.method import Method, Pipeline
-from vidcompress.tokens import Site
 from vidcompress.trace import Trace
 
 ATTRIBUTE = "_vidcompress"
@@ -97,11 +97,11 @@ class Handle:
 
     # -- what is refused before anything is changed ------------------------------------------------------------------
     def _check(self, pipeline: Pipeline) -> None:
-        missing = pipeline.needs - self._patch.provides
+        missing = pipeline.needs - self._patch.provides - DECODER_SIGNALS
         if missing:
             raise ValueError(
                 f"{pipeline.name} needs {sorted(missing)}, which {self.model.config.model_type} does not provide "
-                f"(it provides {sorted(self._patch.provides)})"
+                f"(it provides {sorted(self._patch.provides | DECODER_SIGNALS)})"
             )
         decoder = self._patch.decoder(self.model)
         if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or []):
@@ -109,16 +109,19 @@ class Handle:
                 "this text decoder has sliding-window layers; a window counts stored tokens, and compression changes "
                 "their number. Only full attention is supported (set use_sliding_window=False in the text config)"
             )
-        depth = len(decoder.layers)
-        for site, method in pipeline.stages.items():
-            if site == Site.projector():
-                continue
-            if not 0 <= site.layer < depth:
-                raise ValueError(f"{method.name} acts at layer {site.layer}; the decoder has layers 0 to {depth - 1}")
+        attentive = {name for name in pipeline.needs & DECODER_SIGNALS if "attention" in name}
+        if attentive and (getattr(self.model, "_tp_size", None) or 1) > 1:
             raise ValueError(
-                f"{method.name} acts at {site}; this version of vidcompress reduces before the decoder only "
-                f"({Site.projector()})"
+                f"{pipeline.name} needs {sorted(attentive)}, of which a rank of a tensor-parallel model sees its own "
+                "heads only, so that ranks would keep different tokens; use a method that reduces before the decoder"
             )
+        deepstack = self._patch.deepstack_layers(self.model)
+        for site, method in pipeline.stages(len(decoder.layers)).items():
+            if 0 <= site.layer < deepstack:
+                raise ValueError(
+                    f"{method.name} acts at {site}; the first {deepstack} layers of this model add features to the "
+                    f"video tokens (deepstack), so reduction inside the LLM can begin at layer {deepstack}"
+                )
 
     def _head(self, pipeline: Pipeline) -> tuple[SiglipHead | None, str | None]:
         """The SigLIP pooling head the pipeline asks for and its source, or None with one warning if there is none."""

@@ -6,6 +6,7 @@ No forward is rewritten. The model places all features itself; then, in this ord
     base model, before    does this forward hold a video?                                     (`_base_before`)
     decoder, before       every video is reduced (`Plan`); embeddings, mask and positions follow (`_decoder_before`)
     rotary embedding      gets the survivors' true positions                                  (`_rotary_before`)
+    decoder layer, before every video is reduced again where a method acts (`Running`)        (`_layer_before`)
     decoder, after        hidden states go back to the caller's length, the cache is noted    (`_decoder_after`)
 
 The decoder itself is handed contiguous positions, because gappy ones look like packed sequences to the mask builder and
@@ -14,9 +15,10 @@ to FlashAttention. On later steps the caller's mask is mapped to what the cache 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,47 +26,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vidcompress.engine import sequence
-from vidcompress.engine.cache import CacheState, commit, state_of
+from vidcompress.engine.cache import commit, state_of
 from vidcompress.engine.context import ThreadState
 from vidcompress.engine.overrides import Generate, GetVideoFeatures, NoAutoCompile, Override, PlainMasks, refuse_mask
-from vidcompress.engine.plan import Encoding, Plan
+from vidcompress.engine.plan import Encoding, Pending, Plan
 from vidcompress.engine.saliency import TowerSignals
 from vidcompress.engine.siglip_head import SiglipHead
+from vidcompress.engine.stages import Running
 from vidcompress.method import Pipeline
+from vidcompress.tokens import Site
 from vidcompress.trace import Trace
 
 if TYPE_CHECKING:
     from vidcompress.patches.base import Patch
-
-
-@dataclass
-class Pending:
-    """A forward of the base model that holds video: [B, L] bool where, and the videos once they are encoded."""
-
-    where: Tensor
-    encoding: Encoding | None
-
-
-@dataclass
-class Running:
-    """A forward of the decoder between its hooks.
-
-    Attributes:
-        cache: the cache, or None.
-        length: the caller's length.
-        state: what to note on the cache afterwards; this and the following are None if nothing was removed.
-        index, real: [B, n] the caller's column of every token, and whether it is one.
-        rotary: the survivors' position ids, for the rotary embedding.
-        placed: whether the rotary embedding got them.
-    """
-
-    cache: Any
-    length: int
-    state: CacheState | None = None
-    index: Tensor | None = None
-    real: Tensor | None = None
-    rotary: Tensor | None = None
-    placed: bool = False
 
 
 class Engine:
@@ -89,6 +63,9 @@ class Engine:
             self.decoder.register_forward_hook(self._decoder_after, **after),
             self.decoder.rotary_emb.register_forward_pre_hook(self._rotary_before, **before),
         ]
+        self._layers = list(self.decoder.layers)
+        for i, layer in enumerate(self._layers):
+            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._layer_before, i), **before))
         self._overrides: list[Override] = [GetVideoFeatures(self.base, self)]
         if hasattr(type(model), "generate"):
             self._overrides += [cls(model, self) for cls in (Generate, PlainMasks, NoAutoCompile)]
@@ -98,7 +75,8 @@ class Engine:
     def configure(self, pipeline: Pipeline, head: SiglipHead | None, source: str | None) -> None:
         """Uses `pipeline` from the next prompt on. `source` says where the head comes from."""
         before = getattr(self, "_setup", None)
-        signals = self.patch.tower_signals(self.model, pipeline.needs, head) if pipeline.needs else None
+        needs = pipeline.needs & self.patch.provides
+        signals = self.patch.tower_signals(self.model, needs, head) if needs else None
         self._setup = (pipeline, signals, source)  # in one step: other threads may be encoding
         if before is not None and before[1] is not None:
             before[1].remove()
@@ -156,14 +134,23 @@ class Engine:
                 "the video features in mm_encoder_outputs were not encoded by this model since compression was applied "
                 "(or were cut into prefill chunks); pass pixel_values_videos, and prefill_chunk_size=None"
             )
-        token = self.patch.video_token(self.model)
-        if ids is not None:
-            where = ids == token
-        else:
+
+        def where(token: int) -> Tensor:
+            if ids is not None:
+                return ids == token
             embeds = given["inputs_embeds"]
             placeholder = base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-            where = (embeds == placeholder.to(embeds.device)).all(-1)
-        self.local.pending = Pending(where, None if encoded is None else encoding)
+            return (embeds == placeholder.to(embeds.device)).all(-1)
+
+        image = self.patch.image_token(self.model)
+        cache, prompt = given.get("past_key_values"), self.local.prompt_length
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.local.pending = Pending(
+            where(self.patch.video_token(self.model)),
+            None if image is None else where(image),
+            None if encoded is None else encoding,
+            sys.maxsize if prompt is None else prompt - past,
+        )
 
     def _refuse_placeholders(self, ids: Tensor | None, cache: Any) -> None:
         """A prompt with video placeholders and no video cannot be reduced: an error, not silence."""
@@ -200,76 +187,95 @@ class Engine:
             return None
         refuse_mask(kwargs.get("attention_mask"))
         past = 0 if cache is None else int(cache.get_seq_length())
-        tokens = sequence.read(kwargs, past, state, self.patch.rotary_axes)
-        length = tokens.length
+        tokens, following = sequence.read(kwargs, past, state, self.patch.rotary_axes)
         plan = None
         if pending is not None:
-            assert pending.encoding is not None
-            plan = Plan.make(tokens, pending.where, pending.encoding, self.trace.enabled)
-        if state is None and (plan is None or not plan.changed):
-            if plan is not None:
-                plan.record(self.trace, length)
-            return None
+            plan = Plan.make(tokens, pending, len(decoder.layers), self.trace.enabled)
+            self._refuse_checkpointing(decoder, plan)
         use_cache = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-        running = Running(cache, length)
-        if plan is not None and plan.changed:
-            tokens, running.index = plan.carry_out(tokens)
-            running.real, running.rotary = tokens.mask, tokens.position_ids
-            tail = sequence.untouched(running.index, tokens.mask, length)
-            stored = tokens.full_mask.shape[1] - tail
-            running.state = CacheState(past + length - tail, tokens.full_mask[:, :stored], tokens.shift)
-        self._hand_over(kwargs, tokens, contiguous=running.rotary is not None)
-        if plan is not None:
-            plan.record(self.trace, tokens.length)
+        batch, length = tokens.mask.shape
+        whole = kwargs.get("attention_mask") is None and batch == 1
+        running = Running(decoder, cache, length, past, following, whole, plan, state)
+        if running.has_inner_sites:
+            self._refuse_replaced_layers(decoder)
+        tokens = running.begin(tokens)
+        if state is not None or running.changed:
+            kwargs["inputs_embeds"] = tokens.embeds
+            kwargs["attention_mask"] = None if whole else tokens.full_mask
+            kwargs["position_ids"] = tokens.position_ids
+            if running.changed:
+                kwargs["position_ids"] = torch.arange(tokens.length, device=tokens.mask.device).expand(batch, -1)
         if state is not None:
             state.served = True
         self.local.running = running
         return args, kwargs
 
-    def _hand_over(self, kwargs: dict[str, Any], tokens: sequence.Sequence, contiguous: bool) -> None:
-        """Writes the sequence back into the decoder's arguments."""
-        batch, n = tokens.mask.shape
-        kwargs["inputs_embeds"] = tokens.embeds
-        whole = kwargs.get("attention_mask") is None and batch == 1
-        kwargs["attention_mask"] = None if whole else tokens.full_mask
-        if contiguous:
-            kwargs["position_ids"] = torch.arange(n, device=tokens.mask.device).expand(batch, -1)
-        else:
-            kwargs["position_ids"] = tokens.position_ids
+    def _refuse_checkpointing(self, decoder: Any, plan: Plan) -> None:
+        """ValueError if layers would be run again in the backward pass, without what the hooks know."""
+        inner = [str(site) for site in plan.stages if site != Site.projector()]
+        if inner and decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient checkpointing runs decoder layers twice, and compression acts at {', '.join(inner)}; "
+                "call gradient_checkpointing_disable(), or reduce before the decoder only"
+            )
+
+    def _refuse_replaced_layers(self, decoder: Any) -> None:
+        """RuntimeError if decoder layers are not those that the hooks are on."""
+        layers = list(decoder.layers)
+        replaced = [i for i, layer in enumerate(layers) if i >= len(self._layers) or layer is not self._layers[i]]
+        if replaced or len(layers) < len(self._layers):
+            raise RuntimeError(
+                f"decoder layers {replaced or 'at the end'} of {type(decoder).__name__} were not called through their "
+                "hooks: they were replaced after compression was applied; remove it and apply it again"
+            )
+
+    def _layer_before(
+        self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        running = self.local.running
+        if running is None or not running.has_inner_sites:
+            return None
+        return running.layer(i, layer, args, kwargs)
 
     def _rotary_before(
         self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         running = self.local.running
-        if running is None or running.rotary is None:
+        positions = None if running is None or running.placed else running.rotary_positions
+        if positions is None:
             return None
         running.placed = True
         if "position_ids" in kwargs:
-            kwargs["position_ids"] = running.rotary
+            kwargs["position_ids"] = positions
             return args, kwargs
-        return (args[0], running.rotary, *args[2:]), kwargs
+        return (args[0], positions, *args[2:]), kwargs
 
     def _decoder_after(self, decoder: nn.Module, args: Any, output: Any) -> Any:
         running, self.local.running = self.local.running, None
         before = None if running is None else state_of(running.cache)
         if before is not None:
             before.served = False
-        if running is None or output is None or running.state is None:
+        if running is None or output is None:
             return output
-        if not running.placed:
+        if running.rotary_positions is not None and not running.placed:
             raise RuntimeError(
                 f"the rotary embedding of {type(decoder).__name__} was not called through its hooks, so the survivors "
                 "have wrong positions (was it replaced after compression was applied?)"
             )
+        if running.plan is not None:
+            running.refuse_skipped_sites()
+            running.plan.record(self.trace, running.lengths())
+        if not running.changed:
+            return output
         if running.cache is not None:
-            commit(running.cache, running.state)
-
-        def back(hidden: Tensor) -> Tensor:
-            return sequence.scatter(hidden, running.index, running.real, running.length)
-
-        output.last_hidden_state = back(output.last_hidden_state)
+            commit(running.cache, running.new_state())
+        output.last_hidden_state = running.back(output.last_hidden_state, running.stages[-1])
         if output.hidden_states is not None:
-            output.hidden_states = tuple(back(hidden) for hidden in output.hidden_states)
+            # the first is what entered layer 0, the others what left a layer
+            output.hidden_states = tuple(
+                None if hidden is None else running.back(hidden, running.stage_of(max(i - 1, 0)))
+                for i, hidden in enumerate(output.hidden_states)
+            )
         return output

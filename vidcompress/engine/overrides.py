@@ -76,8 +76,10 @@ class Generate(Override):
                     "reduced as a whole; use prefill_chunk_size=None (the compressed prompt is short)"
                 )
         local = self.engine.local
-        outer = local.generating, local.encoding, local.drafting
+        outer = local.generating, local.encoding, local.drafting, local.prompt_length
         local.generating, local.encoding = True, None
+        # without a cache every step encodes anew: what was decoded meanwhile is no part of the question
+        local.prompt_length = _prompt_length(args, kwargs)
         # transformers gives a draft model in assisted decoding the prompt without its video
         local.drafting = bool(getattr(config, "is_assistant", False))
         try:
@@ -85,17 +87,29 @@ class Generate(Override):
                 self._refuse_placeholders(args, kwargs)
             return self.original(*args, **kwargs)
         finally:
-            local.generating, local.encoding, local.drafting = outer
+            local.generating, local.encoding, local.drafting, local.prompt_length = outer
 
     def _refuse_placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A later turn must bring the video of its placeholders along; those before the cache's end are old ones."""
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        ids = _prompt_ids(args, kwargs)
         brought = kwargs.get("pixel_values_videos") is not None or kwargs.get("mm_encoder_outputs")
         if ids is None or brought:
             return
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         self.engine.refuse_placeholders(ids[:, past:] if ids.shape[1] > past else ids)
+
+
+def _prompt_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The prompt's ids as generate() was given them, or None."""
+    return kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the prompt; None if generate() was given neither ids nor embeddings."""
+    prompt = _prompt_ids(args, kwargs)
+    prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
+    return None if prompt is None else prompt.shape[1]
 
 
 class PlainMasks(Override):

@@ -1,22 +1,27 @@
-"""What becomes of the videos of one prompt: the method is asked about each, and the sequence is shortened."""
+"""What becomes of the videos of one prompt: at every site a method is asked about each, and the sequence shortened."""
 
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vidcompress.engine.decoder_signals import LayerView
 from vidcompress.engine.saliency import synchronise
 from vidcompress.engine.sequence import Sequence
-from vidcompress.method import Pipeline
+from vidcompress.method import Method, Pipeline
 from vidcompress.tokens import Reduction, Site, VideoTokens
 from vidcompress.trace import Prompt, Step, Trace
 
 if TYPE_CHECKING:
     from vidcompress.patches.base import EncodedVideo
+
+TEXT_SIGNALS = frozenset({"text_attention", "text_attention.heads", "text_hidden"})
 
 
 @dataclass
@@ -37,123 +42,268 @@ class Encoding:
 
 
 @dataclass
-class Plan:
-    """What becomes of every row: the columns that stay, and new embeddings for some of them.
+class Pending:
+    """A forward of the base model that holds video.
 
     Attributes:
-        pipeline: the methods that were asked.
-        columns: for every row the columns that stay.
-        merged: (row, columns [K], embeddings [K, C]) of every video that was merged.
-        changed: whether anything was removed or merged at all.
-        prompt: the trace's record, or None if the trace is off.
-        started: when the work on this prompt began, in seconds of `time.perf_counter`.
+        where: [B, L] bool, the video placeholders, newlines included.
+        images: [B, L] bool, the placeholders of images, or None.
+        encoding: the videos, once they are encoded.
+        limit: how many columns belong to the prompt; what follows was decoded and must not sway a method.
     """
 
-    pipeline: Pipeline
-    columns: list[Tensor] = field(default_factory=list)
-    merged: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    changed: bool = False
+    where: Tensor
+    images: Tensor | None
+    encoding: Encoding | None
+    limit: int
+
+
+@dataclass
+class Followed:
+    """One video of one row, on its way through the decoder.
+
+    Attributes:
+        row, number: batch row, and index of the video within the prompt.
+        video: what was encoded.
+        places: [M] its columns in the sequence as it stands.
+        index: [M] their places in the grid.
+        entered: how many tokens of it entered the LLM.
+        notes: what each method of the pipeline noted about it, by the method's `id`.
+    """
+
+    row: int
+    number: int
+    video: EncodedVideo
+    places: Tensor
+    index: Tensor
+    entered: int
+    notes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """The videos of a prompt and what is to become of them.
+
+    Attributes:
+        stages: the method at every site.
+        followed: every video of every row.
+        text: for every row the columns of the prompt's text after its last video; the last token where there is none.
+        last: for every row the column of the prompt's last token.
+        textless: rows that have no text after their last video.
+        copies: rows in a row that are the same sample (beams, return sequences); the first of them is recorded.
+        prompt: the trace's record, or None if the trace is off.
+    """
+
+    stages: dict[Site, Method]
+    followed: list[Followed]
+    text: list[Tensor]
+    last: list[Tensor]
+    textless: list[int]
+    copies: int
     prompt: Prompt | None = None
-    started: float = 0.0
 
     @classmethod
-    def make(cls, tokens: Sequence, where: Tensor, encoding: Encoding, traced: bool) -> Plan:
-        """Asks the method about every video, row by row.
+    def make(cls, tokens: Sequence, pending: Pending, depth: int, traced: bool) -> Plan:
+        """Finds every video and the text that follows.
 
         Args:
             tokens: the sequence with all features in place.
-            where: [B, L] bool, the video placeholders, newlines included.
+            depth: decoder layers.
 
-        Raises ValueError if placeholders and videos do not match, or a video's values are not finite.
+        Raises ValueError if placeholders and videos do not match.
         """
-        videos, where = encoding.videos, where.to(tokens.mask.device)
-        copies = _copies(int(where.sum()), videos)
-        plan = cls(encoding.pipeline)
+        assert pending.encoding is not None
+        encoding, device = pending.encoding, tokens.mask.device
+        where = pending.where.to(device)
+        copies = _copies(int(where.sum()), encoding.videos)
+        plan = cls(encoding.pipeline.stages(depth), [], [], [], [], copies)
         if traced:
             compression = [{"method": m.name, **m.settings()} for m in encoding.pipeline]
-            plan.started = time.perf_counter()
-            plan.prompt = Prompt([], tokens.length, 0, 0.0, encoding.seconds, compression, encoding.head)
-        decided: dict[int, tuple[Reduction, Tensor | None]] = {}
+            length = tokens.length
+            plan.prompt = Prompt([], length, length, 0.0, encoding.seconds, compression, encoding.head)
         first = following = 0
         for row in range(where.shape[0]):
             if row % copies:
                 following = first  # beams and return sequences of one sample share its videos
             else:
                 first = following
-            stays = tokens.mask[row] & ~where[row]
-            places = where[row].nonzero().squeeze(1)
-            while places.numel():
-                if following == len(videos) or places.numel() < videos[following].placeholders:
-                    raise ValueError(
-                        f"row {row} has {int(where[row].sum())} video placeholders, which is no whole number of its "
-                        f"videos ({[v.placeholders for v in videos]} placeholders each); a truncated prompt?"
-                    )
-                video = videos[following]
-                mine, newlines, places = places.tensor_split([video.tokens, video.placeholders])
-                if following not in decided:
-                    decided[following] = plan._reduce(tokens.embeds[row, mine], video, row, following)
-                reduction, embeds = decided[following]
-                stays[mine[reduction.keep]] = True
-                stays[newlines] = True
-                if embeds is not None:
-                    plan.merged.append((row, mine[reduction.keep], embeds))
-                plan.changed |= not reduction.is_identity
-                following += 1
-            plan.columns.append(stays.nonzero().squeeze(1))
+            following = plan._find_videos(row, where[row].nonzero().squeeze(1), encoding.videos, following)
+            plan._find_text(row, tokens.mask[row], where[row], pending)
+        if "frame_features" in encoding.pipeline.needs:
+            plan._add_frame_features(tokens)
         return plan
 
-    def carry_out(self, tokens: Sequence) -> tuple[Sequence, Tensor]:
-        """The shortened sequence, merged embeddings in place, and the column each of its tokens came from."""
-        embeds = tokens.embeds
-        if self.merged:
-            row = torch.cat([torch.full_like(columns, r) for r, columns, _ in self.merged])
-            column = torch.cat([columns for _, columns, _ in self.merged])
-            embeds = embeds.index_put((row, column), torch.cat([new for _, _, new in self.merged]))
-        return replace(tokens, embeds=embeds).shortened(self.columns, self.pipeline.positions == "renumber")
+    def carry_out(self, site: Site, tokens: Sequence, view: LayerView | None = None) -> tuple[Sequence, Tensor] | None:
+        """Asks the method at `site`, if there is one, about every video and shortens the sequence.
 
-    def record(self, trace: Trace, length: int) -> None:
-        """Ends the record of a prompt that the decoder is about to run over with `length` tokens."""
+        Args:
+            view: the layer's own modules and input, where the site is a decoder layer.
+
+        Returns:
+            The sequence and [B, n], the column each of its tokens came from; None if nothing was removed or merged.
+
+        Raises ValueError if a video's values are not finite.
+        """
+        if site not in self.stages:
+            return None
+        site, method = next(stage for stage in self.stages.items() if stage[0] == site)  # which also knows its number
+        started = 0.0 if self.prompt is None else time.perf_counter()
+        self._to(tokens.mask.device)
+        stays, merged, changed = tokens.mask.clone(), [], False
+        shared: dict[int, tuple[Reduction, Tensor | None]] = {}  # before the LLM, copies of a sample are the same
+        for video in self.followed:
+            if video.number not in shared or view is not None:
+                features = tokens.embeds[video.row, video.places]
+                reduction = self._decide(method, site, video, features, view)
+                new = None if reduction.slot is None else reduction.apply(features)
+                shared[video.number] = reduction, new
+            reduction, new = shared[video.number]
+            video.notes[id(method)] = {**video.notes.get(id(method), {}), **reduction.notes}
+            stays[video.row, video.places] = False
+            video.places, video.index = video.places[reduction.keep], video.index[reduction.keep]
+            stays[video.row, video.places] = True
+            if view is None:
+                video.entered = len(reduction)
+            if new is not None:
+                merged.append((video.row, video.places, new))
+            changed |= not reduction.is_identity
+        result = self._shorten(tokens, stays, merged, method.positions == "renumber") if changed else None
         if self.prompt is not None:
-            synchronise(self.columns[0].device)
-            self.prompt.seconds = time.perf_counter() - self.started
-            self.prompt.length_after = length
+            synchronise(tokens.mask.device)
+            seconds = time.perf_counter() - started
+            self.prompt.seconds += seconds
+            self.prompt.inner_seconds += 0.0 if view is None else seconds
+        return result
+
+    def record(self, trace: Trace, lengths: list[int]) -> None:
+        """Ends the record of a prompt, over which the decoder's layers ran with so many tokens."""
+        if self.prompt is not None:
+            self.prompt.layer_lengths = lengths
+            self.prompt.length_after = lengths[0]
             trace.prompts.append(self.prompt)
 
-    def _reduce(
-        self, features: Tensor, video: EncodedVideo, row: int, number: int
-    ) -> tuple[Reduction, Tensor | None]:
-        """The decision for one video and, if it merges, the survivors' embeddings."""
-        method = self.pipeline.stages[Site.projector()]
-        signals = {
-            name: s.to(features.device) if name == "frame_features" else s.to(features.device).flatten()
-            for name, s in video.signals.items()
-        }
-        if "frame_features" in method.needs and "frame_features" not in signals:
-            # Without a pooling head: the mean of the frame's tokens, FastVID's rule for towers that have none.
-            signals["frame_features"] = features.detach().unflatten(0, (video.grid[0], -1)).float().mean(1)
-        _refuse_nonfinite({"projector output": features, **signals}, f"video {number} (row {row})")
-        seen = VideoTokens(features.detach(), video.grid, None, signals)
-        if self.prompt is None:
-            reduction = method.decide(seen, Site.projector())
-        else:
-            synchronise(features.device)
-            start = time.perf_counter()
-            reduction = method.decide(seen, Site.projector())
-            synchronise(features.device)
-            step = Step(
-                row=row,
-                video=number,
-                site=Site.projector(),
-                method=method.name,
-                grid=video.grid,
-                before=video.tokens,
-                after=len(reduction),
-                newlines=video.newlines,
-                seconds=time.perf_counter() - start,
-                reduction=reduction,
+    # -- where things are --------------------------------------------------------------------------------------------
+    def _find_videos(self, row: int, places: Tensor, videos: list[EncodedVideo], following: int) -> int:
+        """Notes the videos of a row whose placeholders are at `places`; the number of the next row's first one."""
+        found = places.numel()
+        while places.numel():
+            if following == len(videos) or places.numel() < videos[following].placeholders:
+                raise ValueError(
+                    f"row {row} has {found} video placeholders, which is no whole number of its "
+                    f"videos ({[v.placeholders for v in videos]} placeholders each); a truncated prompt?"
+                )
+            video = videos[following]
+            mine, _, places = places.tensor_split([video.tokens, video.placeholders])
+            index = torch.arange(video.tokens, device=mine.device)
+            self.followed.append(Followed(row, following, video, mine, index, video.tokens))
+            following += 1
+        return following
+
+    def _add_frame_features(self, tokens: Sequence) -> None:
+        """Where no pooling head gave any: the mean of each frame's tokens, FastVID's rule for towers without one."""
+        completed: dict[int, EncodedVideo] = {}
+        for video in self.followed:
+            if "frame_features" in video.video.signals:
+                continue
+            if video.number not in completed:
+                frames = tokens.embeds[video.row, video.places].detach().unflatten(0, (video.video.grid[0], -1))
+                signals = {**video.video.signals, "frame_features": frames.float().mean(1)}
+                completed[video.number] = replace(video.video, signals=signals)
+            video.video = completed[video.number]
+
+    def _find_text(self, row: int, real: Tensor, video: Tensor, pending: Pending) -> None:
+        """Notes the text of a row after its last video."""
+        column = torch.arange(len(real), device=real.device)
+        real = real & (column < pending.limit)
+        text = real & (column > (column * video).amax())
+        if pending.images is not None:
+            text &= ~pending.images[row].to(text.device)
+        found = text.nonzero().squeeze(1)
+        last = (column * real).amax()[None]
+        if not found.numel():
+            self.textless.append(row)
+        self.text.append(found if found.numel() else last)
+        self.last.append(last)
+
+    def _shorten(
+        self, tokens: Sequence, stays: Tensor, merged: list[tuple[int, Tensor, Tensor]], renumber: bool
+    ) -> tuple[Sequence, Tensor]:
+        """The sequence of the columns that stay, merged tokens in place; everything that is followed moves along."""
+        embeds = tokens.embeds
+        if merged:
+            row = torch.cat([torch.full_like(columns, r) for r, columns, _ in merged])
+            column = torch.cat([columns for _, columns, _ in merged])
+            embeds = embeds.index_put((row, column), torch.cat([new for _, _, new in merged]))
+        columns = [stays[row].nonzero().squeeze(1) for row in range(stays.shape[0])]
+        shorter, index = replace(tokens, embeds=embeds).shortened(columns, renumber)
+        moved = torch.zeros_like(tokens.mask, dtype=torch.long)
+        row, column = shorter.mask.nonzero(as_tuple=True)
+        moved[row, index[row, column]] = column
+        for video in self.followed:
+            video.places = moved[video.row, video.places]
+        self.text = [moved[row, columns] for row, columns in enumerate(self.text)]
+        self.last = [moved[row, column] for row, column in enumerate(self.last)]
+        return shorter, index
+
+    def _to(self, device: torch.device) -> None:
+        """Moves along with a decoder that is spread over devices."""
+        for video in self.followed:
+            video.places, video.index = video.places.to(device), video.index.to(device)
+        self.text, self.last = [t.to(device) for t in self.text], [t.to(device) for t in self.last]
+
+    # -- one video at one site ---------------------------------------------------------------------------------------
+    def _decide(
+        self, method: Method, site: Site, video: Followed, features: Tensor, view: LayerView | None
+    ) -> Reduction:
+        """The decision for one video, recorded."""
+        if self.prompt is None or video.row % self.copies:
+            return self._ask(method, site, video, features, view)
+        synchronise(features.device)
+        start = time.perf_counter()
+        reduction = self._ask(method, site, video, features, view)
+        synchronise(features.device)
+        step = Step(
+            row=video.row,
+            video=video.number,
+            site=site,
+            method=method.name,
+            grid=video.video.grid,
+            before=len(features),
+            after=len(reduction),
+            newlines=video.video.newlines,
+            seconds=time.perf_counter() - start,
+            reduction=reduction,
+        )
+        self.prompt.steps.append(step)
+        return reduction
+
+    def _ask(self, method: Method, site: Site, video: Followed, features: Tensor, view: LayerView | None) -> Reduction:
+        signals = self._tower_signals(method, video, features)
+        if view is not None:
+            signals |= self._decoder_signals(method, video, view)
+        name = "projector output" if view is None else f"input of {site}"
+        _refuse_nonfinite({name: features, **signals}, f"video {video.number} (row {video.row})")
+        index = None if view is None else video.index
+        notes = video.notes.get(id(method), {})
+        seen = VideoTokens(features.detach(), video.video.grid, index, signals, notes, video.entered)
+        return method.decide(seen, site)
+
+    def _tower_signals(self, method: Method, video: Followed, features: Tensor) -> dict[str, Tensor]:
+        """What the vision tower gave, of the tokens that are left."""
+        signals = {}
+        for name in method.needs & video.video.signals.keys():
+            signal = video.video.signals[name].to(features.device)
+            signals[name] = signal if name == "frame_features" else signal.flatten()[video.index]
+        return signals
+
+    def _decoder_signals(self, method: Method, video: Followed, view: LayerView) -> dict[str, Tensor]:
+        if video.row in self.textless and method.needs & TEXT_SIGNALS:
+            warnings.warn(
+                f"the prompt has no text after its last video, by which {method.name} judges relevance; its last token "
+                "stands in for it. Put the question after the video",
+                stacklevel=2,
             )
-            self.prompt.steps.append(step)
-        return reduction, None if reduction.slot is None else reduction.apply(features)
+        return view.signals(method.needs, video.row, video.places, self.text[video.row], self.last[video.row])
 
 
 def _copies(found: int, videos: list[EncodedVideo]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidcompress.engine.cache import CacheState
+from vidcompress.engine.cache import CachedPrefix, CacheState
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Sequence:
     """The tokens that are new in this forward, and what lies before them in the cache.
 
     Attributes:
-        embeds: [B, L, C].
+        embeds: [B, L, C], or [B, 0, C] where they are not kept.
         mask: [B, L] bool, True for real tokens, False for padding.
         positions: [A, B, L] rotary positions; A = 1, or 3 for M-RoPE (time, row, column).
         past_mask: [B, stored] bool, the same for the keys in the cache.
@@ -33,7 +33,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """L, padding included."""
-        return self.embeds.shape[1]
+        return self.mask.shape[1]
 
     @property
     def full_mask(self) -> Tensor:
@@ -44,6 +44,29 @@ class Sequence:
     def position_ids(self) -> Tensor:
         """The positions as a decoder takes them: [B, L], or [3, B, L] for M-RoPE."""
         return self.positions[0] if self.positions.shape[0] == 1 else self.positions
+
+    def entering(self, hidden: Tensor, past_mask: Tensor, shift: Tensor | None) -> Sequence:
+        """The same tokens at a deeper layer, on its device, whose cache stores another prefix.
+
+        Args:
+            hidden: [B, L, C] the layer's input.
+            past_mask: [B, stored] bool of that layer's cache.
+            shift: [B] how much more renumbering moved positions at this layer than at the last, or None.
+        """
+        device = hidden.device
+        deeper = replace(
+            self,
+            embeds=hidden,
+            mask=self.mask.to(device),
+            positions=self.positions.to(device),
+            past_mask=past_mask.to(device),
+            shift=None if self.shift is None else self.shift.to(device),
+        )
+        if shift is None:
+            return deeper
+        shift = shift.to(device)
+        total = shift if deeper.shift is None else deeper.shift + shift
+        return replace(deeper, positions=deeper.positions - shift[:, None], shift=total)
 
     def shortened(self, columns: Rows[Tensor], renumber: bool) -> tuple[Sequence, Tensor]:
         """The sequence of the given columns, rows padded on the left to the longest.
@@ -67,8 +90,8 @@ class Sequence:
         return replace(self, embeds=take(self.embeds, index), mask=mask, positions=positions, shift=shift), index
 
 
-def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int) -> Sequence:
-    """The decoder's keyword arguments as a `Sequence`.
+def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int) -> tuple[Sequence, Tensor]:
+    """The decoder's keyword arguments as a `Sequence` at its first layer.
 
     Args:
         kwargs: `inputs_embeds`, and optionally `attention_mask` [B, past + L] and `position_ids` ([B, L], [3, B, L], or
@@ -76,30 +99,36 @@ def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int)
         past: tokens before this forward, in the caller's terms.
         state: the cache's compressed prefix, if any.
         axes: rotary axes of this decoder, 1 or 3.
+
+    Returns:
+        The sequence, and [B, n] bool, the mask of what every layer's cache stores after its compressed prefix.
     """
     embeds = kwargs["inputs_embeds"]
     batch, length, _ = embeds.shape
     device = embeds.device
     given = kwargs.get("attention_mask")
-    given = None if given is None else given.to(device).bool()
-
-    def old(start: int, end: int) -> Tensor:
-        if given is None:
-            return torch.ones(batch, end - start, dtype=torch.bool, device=device)
-        return given[:, start:end]
-
-    past_mask = old(0, past) if state is None else torch.cat([state.mask.to(device), old(state.logical, past)], 1)
-    mask = old(past, past + length) if given is None else given[:, -length:]
+    if given is None:
+        given = torch.ones(batch, past + length, dtype=torch.bool, device=device)
+    given = given.to(device).bool()
+    following = given[:, 0 if state is None else state.logical : past]
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(past, past + length, device=device)
     if positions.dim() == 3:
         positions = positions[-axes:]
     positions = positions.to(device).expand(axes, batch, length)
-    shift = None if state is None or state.shift is None else state.shift.to(device)
+    past_mask, shift = following, None
+    if state is not None:
+        past_mask, shift = after(state.at(0), following)
     if shift is not None:
         positions = positions - shift[:, None]
-    return Sequence(embeds, mask, positions, past_mask, shift)
+    return Sequence(embeds, given[:, -length:], positions, past_mask, shift), following
+
+
+def after(prefix: CachedPrefix, following: Tensor) -> tuple[Tensor, Tensor | None]:
+    """([B, stored] bool, [B] shift or None): what lies before a forward at a layer that stores `prefix`."""
+    shift = None if prefix.shift is None else prefix.shift.to(following.device)
+    return torch.cat([prefix.mask.to(following.device), following], 1), shift
 
 
 def left_pad(columns: Rows[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,17 @@ from vidcompress.ops.apportion import apportion
 from vidcompress.ops.column_mean_attention import column_mean_attention
 from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
 from vidcompress.ops.density_peaks import density_peaks
+from vidcompress.ops.dpp_map import dpp_map
+from vidcompress.ops.frame_change import frame_change
+from vidcompress.ops.max_cosine import max_cosine
 from vidcompress.ops.merge import merge
+from vidcompress.ops.minmax import minmax
+from vidcompress.ops.nearest import nearest
+from vidcompress.ops.retention_pool import retention_pool
 from vidcompress.ops.segment_frames import segment_frames
 from vidcompress.ops.spectral_entropy import spectral_entropy
 from vidcompress.ops.standardise import standardise
+from vidcompress.ops.text_attention import text_attention
 from vidcompress.ops.top_tokens import top_tokens
 
 __all__ = [
@@ -23,9 +30,16 @@ __all__ = [
     "column_mean_attention",
     "cosine_fingerprint",
     "density_peaks",
+    "dpp_map",
+    "frame_change",
+    "max_cosine",
     "merge",
+    "minmax",
+    "nearest",
+    "retention_pool",
     "segment_frames",
     "spectral_entropy",
     "standardise",
+    "text_attention",
     "top_tokens",
 ]

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from vidcompress.ops.frame_change import frame_change
 
 
 def adjacent_difference(tokens: Tensor, window: int = 4) -> Tensor:
@@ -16,8 +16,4 @@ def adjacent_difference(tokens: Tensor, window: int = 4) -> Tensor:
         [P] fp32, exactly 0 for a position that never changes.
     """
     pairs = [i for i in range(tokens.shape[0] - 1) if (i + 1) % window]
-    unit = normalize(tokens.float(), dim=-1, eps=1e-30)
-    after, before = unit[[i + 1 for i in pairs]], unit[pairs]
-    change = (after - before).square().sum(-1) / 2  # 1 - cos of unit vectors, without cancellation
-    appears = after.any(-1) != before.any(-1)  # a zero vector is like nothing but itself
-    return torch.where(appears, 1.0, change).mean(0)
+    return frame_change(tokens)[pairs].mean(0).float()

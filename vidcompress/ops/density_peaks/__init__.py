@@ -23,7 +23,8 @@ def density_peaks(
     With D the Euclidean distance divided by sqrt(C) among a frame's candidates: density = exp(-mean of D^2 over the
     `neighbours` nearest, the point itself included), delta = distance to the nearest denser point, or the frame's
     largest distance for the densest, score = density * delta. Returned as a logarithm, which keeps the order where exp
-    would collapse to 1 or underflow (docs/decisions.md, D2).
+    would collapse to 1 or underflow (docs/decisions.md, D2). Memory grows with n * `neighbours`, not with n^2, for
+    large n.
 
     Args:
         tokens: [B, n, C], one frame a row.

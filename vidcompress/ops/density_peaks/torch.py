@@ -5,6 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vidcompress.ops.density_peaks.tiled import tiled_scores
+
+TILED_ABOVE = 2048
+"""Tokens a row beyond which its distance matrix does not exist, only tiles of it."""
+
 CHUNK_FRAMES = 32
 """Frames whose distance matrices exist at once."""
 
@@ -20,6 +25,10 @@ def density_peaks(
     ties: Literal["index", "strict"] = "index",
     noise: Tensor | None = None,
 ) -> Tensor:
+    if tokens.shape[1] > TILED_ABOVE:
+        extra = [None] * len(tokens) if noise is None else noise
+        rows = [tiled_scores(x, own, neighbours, ties, e) for x, own, e in zip(tokens, candidates, extra)]
+        return torch.stack(rows) if rows else tokens.new_empty(candidates.shape, dtype=torch.float32)
     chunks = [
         _scores(
             tokens[b : b + CHUNK_FRAMES].float(),

@@ -1,0 +1,309 @@
+"""Times every step of Unified and HieraVid against the naive version that makes N x N (or full) matrices, in one run.
+
+    python scripts/bench_inside.py --channels 3584 --grid 32x14x14 --repeat 3
+
+Rounds are interleaved; a row gives the median of both times, their ratio, and the memory that each takes beyond its
+input (CPU: resident memory, GPU: allocated). Tokens are synthetic shots of still and moving positions; the decoder
+layer has Qwen2-7B's width and random weights. Only ratios of one run mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vidcompress import ops
+from vidcompress.compat import ensure_torchvision
+
+ensure_torchvision()  # looked for when transformers is imported
+
+from vidcompress.engine.decoder_signals import LayerView  # noqa: E402
+from vidcompress.engine.saliency import synchronise  # noqa: E402
+from vidcompress.engine.sequence import Sequence  # noqa: E402
+from vidcompress.measure import peak_memory_mb, reset_peak_memory  # noqa: E402
+
+Work = Callable[[], object]
+
+
+@dataclass
+class Step:
+    """One step: what it is, ours, the naive one, and the bars on time and memory relative to it."""
+
+    name: str
+    ours: Work
+    naive: Work
+    time_bar: float | None = None
+    memory_bar: float | None = None
+
+
+def synthetic(t: int, p: int, channels: int) -> Tensor:
+    """[T, P, C] fp32: scenes of about eight frames, some positions still and some moving, twelve kinds of tokens."""
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    basis = noise(64, channels) * (torch.arange(1, 65).float() ** -0.7)[:, None]
+    common, frames = 0.7 * noise(channels), []
+    for first in range(0, t, 8):
+        kinds = noise(12, 64) @ basis
+        kind = torch.randint(12, (p,), generator=draw)
+        scene = kinds[kind] + 0.35 * noise(p, 64) @ basis + 0.25 * noise(p, channels)
+        moves = torch.where(torch.rand(p, generator=draw) < 0.6, 0.05, 0.45)[:, None]
+        for _ in range(min(8, t - first)):
+            frames.append(common + scene + moves * (0.6 * noise(p, 64) @ basis + 0.3 * noise(p, channels)))
+    video = torch.stack(frames)
+    return video / video.std()
+
+
+# -- the naive versions ------------------------------------------------------------------------------------------------
+def naive_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """All attention matrices of a tower layer, then their column mean."""
+    return (query @ key.transpose(-1, -2) * scale).softmax(-1).mean((1, 2))
+
+
+def naive_pool(x: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
+    """One candidate at a time."""
+    unit, pool = nn.functional.normalize(x, dim=-1), []
+    for i in order.tolist():
+        if len(pool) == size:
+            break
+        if not pool or (unit[pool] @ unit[i]).max() < threshold:
+            pool.append(i)
+    return torch.tensor(pool)
+
+
+def naive_peaks(x: Tensor, k: int) -> Tensor:
+    """Density peaks with the distances of all pairs at once."""
+    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
+    density = (-(distance.topk(k, largest=False).values ** 2).mean(-1)).exp()
+    denser = (density[None] > density[:, None]).float()
+    delta = (distance * denser + distance.max() * (1 - denser)).min(-1).values
+    return delta * density
+
+
+def naive_nearest(x: Tensor, centres: Tensor) -> Tensor:
+    """The nearest centre, read off the distances of all pairs."""
+    return torch.cdist(x, x)[:, centres].argmin(1)
+
+
+def naive_merge(x: Tensor, slot: Tensor, count: int) -> Tensor:
+    """Group means by a dense matrix."""
+    dense = torch.zeros(count, len(x)).index_put_((slot, torch.arange(len(x))), torch.ones(len(x)))
+    return dense / dense.sum(1, keepdim=True) @ x
+
+
+def naive_dpp(x: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """Greedy MAP with the whole kernel."""
+    weighted = relevance[:, None] * x
+    kernel = weighted @ weighted.T / x.shape[1]
+    rows, left, picks = torch.zeros(k, len(x)), kernel.diagonal().clone(), []
+    for i in range(k):
+        j = int(left.argmax())
+        picks.append(j)
+        row = (kernel[j] - rows[:i, j] @ rows[:i]) / left[j].clamp(min=1e-12).sqrt()
+        rows[i] = row
+        left -= row * row
+        left[j] = -math.inf
+    return torch.tensor(picks)
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+def unified_steps(x: Tensor, ratio: float) -> list[Step]:
+    """The steps of Unified before the LLM."""
+    draw = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(4, 16, 729, 72, generator=draw) for _ in range(2))
+    order = torch.rand(len(x), generator=draw).argsort(descending=True)
+    budget = max(10, round(ratio * len(x)))
+    size = round(0.7 * budget)
+    everything = torch.ones(1, len(x), dtype=torch.bool)
+    centres = torch.randperm(len(x), generator=draw)[: budget - size].sort().values
+    joined = ops.nearest(x, x[centres], "euclidean")
+    weight = 1 / joined.bincount(minlength=len(centres)).clamp_min(1)[joined].float()
+    own = torch.arange(len(x))
+    return [
+        Step(
+            "received attention, 4 frames",
+            lambda: ops.column_mean_attention(query, key, 72**-0.5),
+            lambda: naive_received(query, key, 72**-0.5),
+        ),
+        Step(
+            f"retention pool, {size}",
+            lambda: ops.retention_pool(x, order, 0.7, size),
+            lambda: naive_pool(x, order, 0.7, size),
+            0.1,
+        ),
+        Step(
+            f"density peaks, N = {len(x)}",
+            lambda: ops.density_peaks(x[None], everything, 7),
+            lambda: naive_peaks(x, 7),
+            0.7,
+            0.45,
+        ),
+        Step(
+            f"nearest of {len(centres)} centres",
+            lambda: ops.nearest(x, x[centres], "euclidean"),
+            lambda: naive_nearest(x, centres),
+        ),
+        Step(
+            "merging",
+            lambda: ops.merge(x, centres, joined, own, weight),
+            lambda: naive_merge(x, joined, len(centres)),
+        ),
+    ]
+
+
+def hieravid_steps(x: Tensor, p: int) -> list[Step]:
+    """The steps of HieraVid: its segmentation, and the DPP of one long segment."""
+    frames = x.unflatten(0, (-1, p))
+    segment, n = x[: 8 * p], min(8 * p, len(x))
+    relevance = torch.rand(n, generator=torch.Generator().manual_seed(2))
+    steps = [
+        Step(
+            "change between frames",
+            lambda: ops.frame_change(frames),
+            lambda: 1 - nn.functional.cosine_similarity(frames[1:].double(), frames[:-1].double(), dim=-1),
+        )
+    ]
+    for percent, bar in ((2, 0.35), (10, 0.45), (30, 0.8)):
+        k = max(1, n * percent // 100)
+        steps.append(
+            Step(
+                f"DPP, {k} of {n}",
+                lambda k=k: ops.dpp_map(segment, relevance, [n], [k]),
+                lambda k=k: naive_dpp(segment, relevance, k),
+                bar,
+            )
+        )
+    return steps
+
+
+def layer_steps(x: Tensor, text: int, heads: int, kv_heads: int) -> list[Step]:
+    """Signals at one decoder layer, against the attention of all tokens to all that an eager layer makes."""
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+    channels = x.shape[1]
+    config = Qwen2Config(
+        hidden_size=channels,
+        intermediate_size=channels,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(3)
+    layer = Qwen2DecoderLayer(config, 0).eval()
+    hidden = torch.cat([x, torch.randn(text, channels)])[None]
+    n = hidden.shape[1]
+    rotary = Qwen2RotaryEmbedding(config)(hidden, torch.arange(n)[None])
+    real = torch.ones(1, n, dtype=torch.bool)
+    sequence = Sequence(hidden, real, torch.arange(n).view(1, 1, n), real[:, :0])
+    visual, words = torch.arange(len(x)), torch.arange(len(x), n)
+
+    def view() -> LayerView:
+        return LayerView(layer, 0, sequence, rotary)
+
+    @torch.no_grad()
+    def eager() -> Tensor:
+        mask = torch.full((n, n), -torch.inf).triu(1)[None, None]
+        states = layer.input_layernorm(hidden)
+        return layer.self_attn(states, position_embeddings=rotary, attention_mask=mask)[1]
+
+    return [
+        Step(
+            f"attention of {text} text tokens to {len(x)}",
+            lambda: view().signals(frozenset({"text_attention"}), 0, visual, words, words[-1:]),
+            lambda: eager()[0, :, words][:, :, visual].mean(0).amax(0),
+        ),
+        Step(
+            f"attention of the last token to {len(x)}",
+            lambda: view().signals(frozenset({"last_query_attention"}), 0, visual, words, words[-1:]),
+            lambda: eager()[0, :, -1][:, visual].mean(0),
+        ),
+    ]
+
+
+def measured(work: Work, device: torch.device) -> tuple[float, float | None]:
+    """Milliseconds, and MB beyond what was there before."""
+    if device.type == "cpu" and platform.system() == "Linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    before = reset_peak_memory(device)
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    peak = peak_memory_mb(device)
+    return 1e3 * seconds, None if peak is None or before is None else max(0.0, peak - before)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
+    """Prints a table (or JSON) and returns its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", default="32x14x14")
+    parser.add_argument("--channels", type=int, default=3584)
+    parser.add_argument("--heads", type=int, default=28)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--text", type=int, default=50, help="text tokens after the video")
+    parser.add_argument("--retention-ratio", type=float, default=0.1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_default_device(device)
+    t, h, w = (int(side) for side in options.grid.split("x"))
+    with torch.device("cpu"):
+        x = synthetic(t, h * w, options.channels)
+    x = x.flatten(0, 1).to(device)
+    steps = unified_steps(x, options.retention_ratio) + hieravid_steps(x, h * w)
+    steps += layer_steps(x, options.text, options.heads, options.kv_heads)
+    seen: list[list[tuple[tuple[float, float | None], ...]]] = [[] for _ in steps]
+    for _ in range(options.repeat):
+        for step, rounds in zip(steps, seen, strict=True):
+            rounds.append((measured(step.ours, device), measured(step.naive, device)))
+    rows = [_row(step, rounds) for step, rounds in zip(steps, seen, strict=True)]
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    about = {"grid": options.grid, "channels": options.channels, "device": machine, "torch": torch.__version__}
+    about["threads"] = options.threads
+    if options.json:
+        print(json.dumps({**about, "rows": rows}, indent=1))
+    else:
+        print(", ".join(f"{k} {v}" for k, v in about.items()))
+        print("  ".join(f"{name:<{max(10, len(name))}}" for name in rows[0]))
+        for row in rows:
+            print("  ".join(f"{'-' if v is None else v!s:<{max(10, len(k))}}" for k, v in row.items()))
+    torch.set_default_device("cpu")
+    return rows
+
+
+def _row(step: Step, rounds: list[tuple[tuple[float, float | None], ...]]) -> dict[str, object]:
+    ours, naive = (statistics.median(r[i][0] for r in rounds) for i in (0, 1))
+    memory = [[r[i][1] for r in rounds] for i in (0, 1)]
+    mb = [None if None in column else statistics.median(column) for column in memory]
+    return {
+        "step": f"{step.name:<44}",
+        "ms": round(ours, 1),
+        "naive_ms": round(naive, 1),
+        "ratio": round(ours / naive, 3),
+        "bar": step.time_bar,
+        "mb": None if mb[0] is None else round(mb[0]),
+        "naive_mb": None if mb[1] is None else round(mb[1]),
+        "memory_bar": step.memory_bar,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""One forward of the text decoder between its hooks: a sequence that gets shorter on its way through the layers.
+
+A *stage* is a run of decoder layers that see the same tokens. The decoder hands every layer what its first one gets;
+from the second stage on, hidden states, rotary tables, mask and positions are the stage's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from vidcompress.engine import sequence
+from vidcompress.engine.cache import CachedPrefix, CacheState
+from vidcompress.engine.decoder_signals import LayerView
+from vidcompress.engine.plan import Plan
+from vidcompress.engine.sequence import Sequence
+from vidcompress.tokens import Site
+
+
+@dataclass
+class Stage:
+    """What the decoder layers from `start` on see, up to the next stage's start.
+
+    Attributes:
+        start: a decoder layer.
+        tokens: the sequence, without its embeddings.
+        index: [B, n] the caller's column of every token; None if it is the caller's own sequence.
+        differs: whether it sees or finds stored other tokens than the stage before.
+        rotary: (cos, sin) of its tokens; None if they are those that the decoder hands to the layers.
+        own_mask: whether it needs another mask than the decoder hands to the layers.
+        mask: that mask, once a layer asked for it.
+        columns: [B, n] 0, 1, 2, ..: what the layers get as positions, which gappy ones would make look packed.
+    """
+
+    start: int
+    tokens: Sequence
+    index: Tensor | None
+    differs: bool = True
+    rotary: tuple[Tensor, Tensor] | None = None
+    own_mask: bool = False
+    mask: Any = None
+    masked: bool = False
+    columns: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens a row, padding included."""
+        return self.tokens.length
+
+
+@dataclass
+class Running:
+    """A forward of the decoder.
+
+    Attributes:
+        decoder: the text decoder.
+        cache: its cache, or None.
+        length: the caller's length.
+        past: tokens before this forward, in the caller's terms.
+        following: [B, n] bool, the mask of what every layer's cache stores after its compressed prefix.
+        whole: whether no mask was given, nor is one needed.
+        plan: what is to become of the videos in this forward, if there are any.
+        state: the cache's compressed prefix, if there is one.
+        stages: those that were entered; the first is what the decoder itself sees.
+        changed: whether anything was removed or merged.
+        placed: whether the rotary embedding got the true positions.
+    """
+
+    decoder: Any
+    cache: Any
+    length: int
+    past: int
+    following: Tensor
+    whole: bool
+    plan: Plan | None
+    state: CacheState | None
+    stages: list[Stage] = field(default_factory=list)
+    changed: bool = False
+    placed: bool = False
+    _starts: frozenset[int] = frozenset()
+    _looked_at: frozenset[int] = frozenset()
+    _previous: LayerView | None = None
+
+    def __post_init__(self) -> None:
+        later = () if self.state is None else (prefix.start for prefix in self.state.prefixes[1:])
+        planned = {} if self.plan is None else {s.layer: m for s, m in self.plan.stages.items() if s.layer >= 0}
+        self._starts = frozenset(planned) | frozenset(later)
+        asks = (layer for layer, m in planned.items() if "last_query_attention.previous" in m.needs)
+        self._looked_at = frozenset(layer - 1 for layer in asks)
+
+    @property
+    def has_inner_sites(self) -> bool:
+        """Whether some layer sees another sequence than the first, or may."""
+        return bool(self._starts)
+
+    @property
+    def rotary_positions(self) -> Tensor | None:
+        """The survivors' position ids, for the rotary embedding; None if it is to use those it is given."""
+        first = self.stages[0]
+        return None if first.index is None else first.tokens.position_ids
+
+    def begin(self, tokens: Sequence) -> Sequence:
+        """The sequence that the decoder is to run over."""
+        index = None
+        shorter = None if self.plan is None else self.plan.carry_out(Site.projector(), tokens)
+        if shorter is not None:
+            tokens, index = shorter
+            self.changed = True
+        self.stages.append(Stage(0, _without_embeds(tokens), index))
+        return tokens
+
+    def layer(
+        self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of decoder layer `i` as its stage has them."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rotary = kwargs["position_embeddings"]
+        if i in self._starts:
+            hidden = self._enter(i, layer, hidden, rotary)
+        stage = self.stages[-1]
+        rotary = rotary if stage.rotary is None else stage.rotary
+        if i in self._looked_at:
+            seen = replace(stage.tokens, embeds=hidden)
+            self._previous = LayerView(layer, i, seen, rotary, self.cache)
+        if stage.rotary is None and not stage.own_mask:
+            return args, kwargs
+        kwargs["position_embeddings"] = rotary
+        if stage.own_mask:
+            kwargs["attention_mask"] = self._mask(stage, hidden)
+        if kwargs.get("position_ids") is not None:
+            if stage.columns is None:
+                batch, n = stage.tokens.mask.shape
+                stage.columns = torch.arange(n, device=hidden.device).expand(batch, -1)
+            kwargs["position_ids"] = stage.columns
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def new_state(self) -> CacheState:
+        """What the cache holds after this forward, in which something was removed or merged."""
+        last = self.stages[-1]
+        tail = self.length
+        if last.index is not None:
+            tail = sequence.untouched(last.index, last.tokens.mask, self.length)
+        prefixes = []
+        for stage in self.stages:
+            if not stage.differs:
+                continue
+            tokens = stage.tokens
+            stored = tokens.full_mask.shape[1] - tail
+            prefixes.append(CachedPrefix(stage.start, tokens.full_mask[:, :stored], tokens.shift))
+        return CacheState(self.past + self.length - tail, tuple(prefixes))
+
+    def lengths(self) -> list[int]:
+        """Tokens that every decoder layer ran over, padding included."""
+        return [self.stage_of(i).length for i in range(len(self.decoder.layers))]
+
+    def stage_of(self, layer: int) -> Stage:
+        """The stage a decoder layer belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.start <= layer)
+
+    def refuse_skipped_sites(self) -> None:
+        """RuntimeError if a layer at which a method acts was not called through its hooks."""
+        skipped = self._starts - {stage.start for stage in self.stages[1:]}
+        if skipped:
+            raise RuntimeError(
+                f"decoder layers {sorted(skipped)} of {type(self.decoder).__name__} were not called through their "
+                "hooks, so nothing was reduced there (were layers replaced after compression was applied?)"
+            )
+
+    def back(self, hidden: Tensor, stage: Stage) -> Tensor:
+        """Hidden states of a stage at the caller's length, zeros where a token is gone."""
+        if stage.index is None:
+            return hidden
+        return sequence.scatter(hidden, stage.index, stage.tokens.mask, self.length)
+
+    def _enter(self, i: int, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Begins a stage at layer `i`, whose cache may store another prefix, and where a method may act."""
+        before = self.stages[-1]
+        past_mask, shift, differs = before.tokens.past_mask, None, False
+        if self.state is not None:
+            past_mask, total = sequence.after(self.state.at(i), self.following)
+            shift = self._further(before.start, total)
+            differs = any(prefix.start == i for prefix in self.state.prefixes[1:])
+        tokens = before.tokens.entering(hidden, past_mask, shift)
+        index = None if before.index is None else before.index.to(hidden.device)
+        own = before.rotary if shift is None else self.decoder.rotary_emb(hidden, tokens.position_ids)
+        if self.plan is not None:
+            view = LayerView(layer, i, tokens, own or rotary, self.cache, self._previous)
+            shorter = self.plan.carry_out(Site.decoder(i), tokens, view)
+            self._previous = None
+            if shorter is not None:
+                tokens, local = shorter
+                index = local if index is None else sequence.take(index, local)
+                own = self.decoder.rotary_emb(tokens.embeds, tokens.position_ids)
+                differs = self.changed = True
+        self.stages.append(Stage(i, _without_embeds(tokens), index, differs, own, before.own_mask or differs))
+        return tokens.embeds
+
+    def _further(self, start: int, total: Tensor | None) -> Tensor | None:
+        """How much more earlier turns shifted the positions at a stage than at the stage before; None: nothing more."""
+        assert self.state is not None
+        earlier = self.state.at(start).shift
+        if total is None or total is earlier:
+            return None
+        return total if earlier is None else total - earlier.to(total.device)
+
+    def _mask(self, stage: Stage, hidden: Tensor) -> Any:
+        """The attention mask of a stage, made once."""
+        if not stage.masked:
+            stage.mask = create_causal_mask(
+                config=self.decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=None if self.whole else stage.tokens.full_mask,
+                past_key_values=self.cache,
+                position_ids=None,
+                layer_idx=stage.start,
+            )
+            stage.masked = True
+        return stage.mask
+
+
+def _without_embeds(tokens: Sequence) -> Sequence:
+    """So that a layer's hidden states do not outlive it."""
+    return replace(tokens, embeds=tokens.embeds[:, :0])

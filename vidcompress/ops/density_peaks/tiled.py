@@ -1,0 +1,297 @@
+"""Density peaks of one large set of tokens, without the matrix of all distances.
+
+One pass over tiles of distances finds the few nearest of every token; most tokens have a denser one among them, and
+only the others are compared with all that are denser. Products in fp32 say who is near, differences in fp64 how near.
+
+Where tokens are much nearer to each other than they are long (a still picture), fp32 products cannot tell who is
+nearest. Such tokens are searched again around one of them, the leader: with the leader at the origin they are short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+TILE = 1024
+"""Rows and columns of a tile of distances."""
+
+SPARE = 8
+"""Neighbours found beyond those asked for: room for what fp32 cannot order, and for a denser token among them."""
+
+LEADERS, LEADER_ELEMENTS = 256, 16 << 20
+"""Leaders that are taken at a time, and distances from them that exist at once."""
+
+CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 16 << 20}
+"""Elements of tokens that exist in fp64 at once: few enough for a CPU's cache, or enough to fill a GPU."""
+
+NOISE = 2.0**-22
+"""Rounding of a squared distance from products in fp32, over the square root of the number of channels and relative to
+the sum of the two squared lengths: at least twice the largest that was measured, with 8 to 3584 channels."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Different tokens, numbered.
+
+    Args:
+        tokens: [n, C].
+        index: [m] where the points are among the tokens.
+        below: [m] of a point, only the points of a lower number than this can be its neighbours; None: all can.
+    """
+
+    tokens: Tensor
+    index: Tensor
+    below: Tensor | None = None
+
+    def around(self, points: Tensor, origin: Tensor) -> Tensor:
+        """[p, C] fp32, as seen from an origin in fp64."""
+        x = self.exact(points, self.tokens.dtype if self.tokens.dtype == torch.float64 else torch.float32)
+        return x.sub_(origin.to(x.dtype)).float()
+
+    def exact(self, points: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """[p, C] as they are."""
+        return self.tokens.index_select(0, self.index[points]).to(dtype)
+
+    def middle(self) -> Tensor:
+        """[C] fp64 mean of some of the points: an origin that makes most of them short."""
+        step = max(1, len(self.index) // TILE)
+        return self.tokens[self.index[::step]].mean(0, dtype=torch.float64)
+
+    def noise(self, square: Tensor, distance: Tensor) -> Tensor:
+        """Bound of the rounding of squared distances from a point of squared length `square`."""
+        # The other point is no longer than the one and the distance together, and (a + b)^2 <= 2 a^2 + 2 b^2.
+        return NOISE * self.tokens.shape[1] ** 0.5 * (3 * square + 2 * distance)
+
+
+@dataclass
+class Near:
+    """The nearest points of some points, as far as fp32 tells.
+
+    Args:
+        distance: [r, kept] squared, ascending; infinite where there are fewer points.
+        point: [r, kept].
+        square: [r] squared length of the point itself, seen from where it was measured.
+        reach: [r] every point that is not listed is farther than this, squared.
+        farthest: [r] squared distance to the farthest point, where all were compared with all.
+    """
+
+    distance: Tensor
+    point: Tensor
+    square: Tensor
+    reach: Tensor
+    farthest: Tensor
+
+
+def tiled_scores(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str, noise: Tensor | None) -> Tensor:
+    """`density_peaks` of one row: tokens [n, C], candidates [n] and noise [n]; [n] fp32."""
+    out = torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device=tokens.device)
+    chosen = candidates.nonzero().squeeze(1)
+    if not len(chosen):
+        return out
+    copies, first = _copies(tokens, chosen)
+    points = Points(tokens, chosen[first])
+    count = copies.bincount()
+    every = torch.arange(len(first), device=tokens.device)
+    near = _search(points, every, None, points.middle(), neighbours)
+    exact = _measured(points, every, near, near.distance[:, min(neighbours, near.distance.shape[1]) - 1])
+    log_density = _log_density(exact, count[near.point], min(neighbours, len(chosen)))[copies]  # [candidates]
+    if noise is not None:
+        log_density = (log_density.exp() + noise[chosen]).log()
+
+    # Of the copies of a token one is the densest, or the first; it alone can lie away from what is denser.
+    top = log_density.new_full((len(first),), -torch.inf).scatter_reduce_(0, copies, log_density, "amax")
+    highest = log_density == top[copies]
+    place = torch.arange(len(chosen), device=tokens.device).where(highest, len(chosen))
+    head = copies.new_full((len(first),), len(chosen)).scatter_reduce_(0, copies, place, "amin")
+    delta = _delta(points, near, exact, top, head, ties)  # [m] squared
+    delta = delta.where(delta.isfinite(), _largest(points, near))
+
+    score = (log_density + 0.5 * delta[copies].log()).float().clamp_min(torch.finfo(torch.float32).min)
+    peak = highest if ties == "strict" else head[copies] == torch.arange(len(chosen), device=tokens.device)
+    out[chosen] = score.where(peak, torch.finfo(torch.float32).min)
+    return out
+
+
+def _step(tokens: Tensor) -> int:
+    """How many tokens to treat at once in fp64."""
+    return max(1, CHUNK_ELEMENTS.get(tokens.device.type, 1 << 20) // tokens.shape[1])
+
+
+def _copies(tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """[candidates] number of every different token among the candidates, and [m] where each is first."""
+    # Tokens are told apart by a sum of their bits with random odd factors, modulo 2^64: different ones agree by chance
+    # once in some 10^14 pairs.
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randint(-(2**62), 2**62, (tokens.shape[1],), generator=generator).mul_(2).add_(1).to(tokens.device)
+    wide = tokens.dtype == torch.float64
+    sums = []
+    for part in chosen.split(_step(tokens)):
+        x = tokens.index_select(0, part).to(torch.float64 if wide else torch.float32) + 0.0  # -0 becomes 0
+        sums.append((x.view(torch.int64 if wide else torch.int32) * factor).sum(1))
+    kinds, kind = torch.unique(torch.cat(sums), return_inverse=True)
+    place = torch.arange(len(chosen), device=tokens.device)
+    first = place.new_full((len(kinds),), len(chosen)).scatter_reduce_(0, kind, place, "amin").sort()
+    number = torch.empty_like(first.indices).scatter_(0, first.indices, place[: len(kinds)])
+    return number[kind], first.values
+
+
+# -- who is near -------------------------------------------------------------------------------------------------------
+def _search(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor, wanted: int) -> Near:
+    """The nearest of `rows` among `columns`; both ascending, all rows among the columns. None: the rows themselves."""
+    near = _scan(points, rows, columns, origin, wanted + SPARE)
+    _search_again(points, rows, rows if columns is None else columns, near, origin, wanted)
+    return near
+
+
+def _scan(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor, kept: int) -> Near:
+    """One pass over tiles of distances. Without columns every tile serves both its rows and its columns."""
+    across = rows if columns is None else columns
+    count, kept = len(rows), min(kept, len(across))
+    distance = torch.full((count, kept), torch.inf, dtype=torch.float32, device=rows.device)
+    square, reach, farthest = (distance.new_zeros(count) for _ in range(3))
+    near = Near(distance, rows.new_zeros(count, kept), square, reach, farthest)
+    ends = _ends(points, rows, across)
+    for i in range(0, count, TILE):
+        x = points.around(rows[i : i + TILE], origin)
+        here = slice(i, i + len(x))
+        square[here] = x.norm(dim=1).square()
+        for j in range(i if columns is None else 0, ends[i // TILE], TILE):
+            number = across[j : j + TILE]
+            y = x if columns is None and i == j else points.around(number, origin)
+            tile = torch.addmm(y.norm(dim=1).square(), x, y.T, alpha=-2).add_(square[here, None])
+            if points.below is not None:
+                tile.masked_fill_(number >= points.below[rows[here], None], torch.inf)
+            _keep(near, here, tile, number)
+            if columns is None:
+                farthest[here] = torch.maximum(farthest[here], tile.amax(1))
+                if i != j:
+                    _keep(near, slice(j, j + len(y)), tile.T.contiguous(), rows[here])
+    last = distance[:, -1]
+    listed = last.isinf() if kept < len(across) else torch.ones_like(last, dtype=torch.bool)
+    near.reach = (last - points.noise(square, last)).masked_fill(listed, torch.inf)
+    return near
+
+
+def _ends(points: Points, rows: Tensor, columns: Tensor) -> list[int]:
+    """How many of the columns every tile of rows has to see."""
+    if points.below is None:
+        return [len(columns)] * len(rows.split(TILE))
+    last = torch.stack([points.below[part].max() for part in rows.split(TILE)])
+    return torch.searchsorted(columns, last).tolist()
+
+
+def _keep(near: Near, rows: slice, tile: Tensor, number: Tensor) -> None:
+    """Adds a tile's nearest to those of some rows."""
+    kept = near.distance.shape[1]
+    best = tile.topk(min(kept, tile.shape[1]), largest=False)
+    value = torch.cat([near.distance[rows], best.values], 1)
+    point = torch.cat([near.point[rows], number[best.indices]], 1)
+    near.distance[rows], order = value.topk(kept, largest=False)
+    near.point[rows] = point.gather(1, order)
+
+
+def _search_again(points: Points, rows: Tensor, columns: Tensor, near: Near, origin: Tensor, wanted: int) -> None:
+    """Searches around leaders for the rows whose nearest the scan could not make out."""
+    last = near.distance[:, min(wanted, near.distance.shape[1]) - 1].clamp_min(0)
+    most = last + points.noise(near.square, last)  # the wanted ones are no farther than this
+    # Where distances are about as long as the points, another origin would tell no more.
+    unsure = ((most > near.reach) & (near.square > 5 * last)).nonzero().squeeze(1)
+    while len(unsure):
+        leaders = rows[unsure[: max(1, min(LEADERS, LEADER_ELEMENTS // len(columns)))]]
+        apart = _from_leaders(points, leaders, columns, origin)  # [leaders, columns]
+        nearest = apart[:, torch.searchsorted(columns, rows[unsure])].min(0)
+        led = nearest.values <= near.square[unsure] / 16
+        slack = points.noise(near.square[unsure], nearest.values)
+        radius = (nearest.values.clamp_min(0) + slack).sqrt() + most[unsure].sqrt()
+        for leader in nearest.indices[led].unique():
+            own = led & (nearest.indices == leader)
+            mine, ball = unsure[own], radius[own].max() ** 2
+            # All that can be among the nearest of these rows, by the triangle inequality.
+            inside = columns[apart[leader] <= ball + points.noise(2 * near.square[mine].max(), ball)]
+            again = _search(points, rows[mine], inside, points.exact(leaders[leader, None])[0], wanted)
+            missing = near.distance.shape[1] - again.distance.shape[1]
+            near.distance[mine] = torch.nn.functional.pad(again.distance, (0, missing), value=torch.inf)
+            near.point[mine] = torch.nn.functional.pad(again.point, (0, missing))
+            near.square[mine] = again.square
+            near.reach[mine] = torch.minimum(again.reach, most[mine])
+        unsure = unsure[~led]
+
+
+def _from_leaders(points: Points, leaders: Tensor, columns: Tensor, origin: Tensor) -> Tensor:
+    """[leaders, columns] squared distances."""
+    x = points.around(leaders, origin)
+    out = x.new_empty(len(x), len(columns))
+    for part, to in zip(columns.split(TILE), out.split(TILE, dim=1)):
+        y = points.around(part, origin)
+        to.copy_(torch.addmm(y.norm(dim=1).square(), x, y.T, alpha=-2))
+    return out.add_(x.norm(dim=1).square()[:, None])
+
+
+# -- how near ----------------------------------------------------------------------------------------------------------
+def _measured(points: Points, rows: Tensor, near: Near, last: Tensor, known: Tensor | None = None) -> Tensor:
+    """[r, kept] fp64 squared distances over C, where `near` has them no farther than `last` or than fp32 can tell.
+
+    Infinite elsewhere, but for what is `known`.
+    """
+    limit = last + 2 * points.noise(near.square, last)
+    unknown = torch.full(near.distance.shape, torch.inf, dtype=torch.float64, device=rows.device)
+    out = unknown if known is None else known.clone()
+    row, column = ((near.distance <= limit[:, None]) & near.distance.isfinite() & out.isinf()).nonzero(as_tuple=True)
+    one, other = rows[row], near.point[row, column]
+    # Two tokens that are each other's neighbours are measured once.
+    pairs, which = torch.unique(
+        torch.minimum(one, other) * len(points.index) + torch.maximum(one, other), return_inverse=True
+    )
+    out[row, column] = _squared_distances(points, pairs // len(points.index), pairs % len(points.index))[which]
+    return out
+
+
+def _squared_distances(points: Points, one: Tensor, other: Tensor) -> Tensor:
+    """[p] fp64, over C; 0 for a point and itself."""
+    channels = points.tokens.shape[1]
+    out = torch.zeros(one.shape, dtype=torch.float64, device=one.device)
+    for p in (one != other).nonzero().squeeze(1).split(_step(points.tokens)):
+        # By the words of the definition, so that what is equal there is equal here.
+        out[p] = (points.exact(one[p]).sub_(points.exact(other[p])).norm(dim=-1) / channels**0.5) ** 2
+    return out
+
+
+def _log_density(exact: Tensor, count: Tensor, neighbours: int) -> Tensor:
+    """[m] fp64 from squared distances to neighbours of which there are `count` copies each."""
+    exact, order = exact.sort(dim=1)
+    upto = count.gather(1, order).cumsum(1)
+    slot = torch.arange(neighbours, device=count.device).expand(len(upto), -1).contiguous()
+    return -exact.gather(1, torch.searchsorted(upto, slot, right=True)).mean(1)
+
+
+def _delta(points: Points, near: Near, exact: Tensor, density: Tensor, head: Tensor, ties: str) -> Tensor:
+    """[m] squared distance over C to the nearest denser point, infinite where there is none."""
+    channels, every = points.tokens.shape[1], torch.arange(len(density), device=density.device)
+    # Numbered by density: what is denser than a point are then the points below a number.
+    order = head.argsort()
+    order = order[density[order].argsort(descending=True, stable=True)]
+    rank = torch.empty_like(order).scatter_(0, order, every)
+    falling = -density[order]
+    below = torch.searchsorted(falling, falling) if ties == "strict" else every  # [m] by rank
+
+    # Among the neighbours that are known.
+    denser = (rank[near.point] < below[rank, None]) & near.distance.isfinite()
+    above = replace(near, distance=near.distance.where(denser, torch.inf))
+    exact = _measured(points, every, above, above.distance.amin(1), exact)
+    delta = exact.where(denser, torch.inf).amin(1)
+    # The others, among all that are denser.
+    rest = rank[delta * channels > near.reach].sort().values
+    rest = rest[below[rest] > 0]
+    if len(rest):
+        ranked = Points(points.tokens, points.index[order], below)
+        found = _search(ranked, rest, every, points.middle(), 1)
+        delta[order[rest]] = _measured(ranked, rest, found, found.distance[:, 0]).amin(1)
+    return delta
+
+
+def _largest(points: Points, near: Near) -> Tensor:
+    """[1] the largest squared distance over C; fp32 says between whom."""
+    one, every = near.farthest.argmax()[None], torch.arange(len(near.farthest), device=near.farthest.device)
+    return _squared_distances(points, one, _from_leaders(points, one, every, points.middle()).argmax(1))
