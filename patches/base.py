@@ -50,6 +50,8 @@ class Patch:
     anchors: ClassVar[tuple[str, ...]] = ("language_model.layers", "language_model.rotary_emb", "get_video_features")
     """Attributes of the base model without which the engine cannot work."""
     rotary_axes: ClassVar[int] = 1
+    has_siglip: ClassVar[bool] = True
+    """Whether the tower is a SigLIP, whose pooling head can be loaded beside it."""
 
     def check(self, model: nn.Module) -> None:
         """ValueError if this transformers version keeps things elsewhere than the patch knows."""

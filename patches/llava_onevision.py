@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from vidcompress.patches.base import EncodedVideo, Patch
 
-from vidcompress.engine.saliency import TowerSignals
+from vidcompress.engine.saliency import SiglipSignals, TowerSignals
 from vidcompress.engine.siglip_head import SiglipHead
 
 
@@ -39,7 +39,7 @@ class LlavaOnevisionPatch(Patch):
     def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
         layers = self.base(model).vision_tower.encoder.layers
         self.signal_layer(model, {})
-        return TowerSignals(layers, needs, head, functools.partial(self.pool_saliency, model))
+        return SiglipSignals(layers, needs, head, functools.partial(self.pool_saliency, model))
 
     def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
         selected = arguments.get("vision_feature_layer")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vidcompress import ops
+from vidcompress.engine.saliency import rotate
 from vidcompress.engine.sequence import Sequence
 from vidcompress.precision import full_precision
 
@@ -106,9 +107,7 @@ class LayerView:
         states = states[0].transpose(0, 1)
         batch = self.tokens.mask.shape[0]
         cos, sin = (t.expand(batch, -1, -1)[row][columns.to(t.device)].to(states.device) for t in self.rotary)
-        half = states.shape[-1] // 2
-        turned = torch.cat([-states[..., half:], states[..., :half]], -1)
-        return states * cos + turned * sin
+        return rotate(states, cos, sin)
 
 
 def cached_keys(cache: Any, layer: int, stored: int) -> Tensor | None:

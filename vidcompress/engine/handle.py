@@ -128,6 +128,14 @@ class Handle:
         sources = {getattr(m, "siglip_head", "auto") for m in pipeline if m.needs & HEAD_SIGNALS}
         if not sources:
             return None, None
+        if not self._patch.has_siglip:
+            named = sources - {"auto", "none", None}
+            if named:
+                raise ValueError(
+                    f"siglip_head={named.pop()!r}: the vision tower of {self.model.config.model_type} is no SigLIP; its "
+                    "own queries and keys give the saliency, so leave siglip_head at 'auto'"
+                )
+            return None, None
         if len(sources) > 1:
             raise ValueError(f"the methods of a pipeline must agree on siglip_head, got {sorted(map(str, sources))}")
         source: str | None = sources.pop()

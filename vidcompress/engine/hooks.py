@@ -201,6 +201,8 @@ class Engine:
         if running.has_inner_sites:
             self._refuse_replaced_layers(decoder)
         tokens = running.begin(tokens)
+        if running.changed and kwargs.get("visual_pos_masks") is not None:
+            running.narrow_deepstack(kwargs)
         if state is not None or running.changed:
             kwargs["inputs_embeds"] = tokens.embeds
             kwargs["attention_mask"] = None if whole else tokens.full_mask

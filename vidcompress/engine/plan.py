@@ -92,6 +92,7 @@ class Plan:
         textless: rows that have no text after their last video.
         copies: rows in a row that are the same sample (beams, return sequences); the first of them is recorded.
         prompt: the trace's record, or None if the trace is off.
+        taken: (row, columns [N], reduction) of every video at the last site.
     """
 
     stages: dict[Site, Method]
@@ -101,6 +102,7 @@ class Plan:
     textless: list[int]
     copies: int
     prompt: Prompt | None = None
+    taken: list[tuple[int, Tensor, Reduction]] = field(default_factory=list)
 
     @classmethod
     def make(cls, tokens: Sequence, pending: Pending, depth: int, traced: bool) -> Plan:
@@ -150,6 +152,7 @@ class Plan:
         started = 0.0 if self.prompt is None else time.perf_counter()
         self._to(tokens.mask.device)
         stays, merged, changed = tokens.mask.clone(), [], False
+        self.taken = []
         shared: dict[int, tuple[Reduction, Tensor | None]] = {}  # before the LLM, copies of a sample are the same
         for video in self.followed:
             if video.number not in shared or view is not None:
@@ -159,6 +162,7 @@ class Plan:
                 shared[video.number] = reduction, new
             reduction, new = shared[video.number]
             video.notes[id(method)] = {**video.notes.get(id(method), {}), **reduction.notes}
+            self.taken.append((video.row, video.places, reduction))
             stays[video.row, video.places] = False
             video.places, video.index = video.places[reduction.keep], video.index[reduction.keep]
             stays[video.row, video.places] = True
@@ -174,6 +178,19 @@ class Plan:
             self.prompt.seconds += seconds
             self.prompt.inner_seconds += 0.0 if view is None else seconds
         return result
+
+    def narrow(self, features: Tensor, row_of: Tensor) -> Tensor:
+        """Other features of the visual tokens, merged with the same weights as the tokens at the last site.
+
+        Args:
+            features: [V, C] of all visual tokens of all rows.
+            row_of: [B, L] the row of `features` of every column of the sequence before that site.
+        """
+        for row, columns, reduction in self.taken:
+            if reduction.slot is not None:
+                mine = row_of[row, columns].to(features.device)
+                features = features.index_copy(0, mine[reduction.keep], reduction.apply(features[mine]))
+        return features
 
     def record(self, trace: Trace, lengths: list[int]) -> None:
         """Ends the record of a prompt, over which the decoder's layers ran with so many tokens."""

@@ -1,7 +1,6 @@
 """Saliency and frame features, taken from the vision tower while it encodes (docs/decisions.md, D6).
 
-`received` is the column mean of the last used layer's attention, `head` the probe attention of SigLIP's pooling head.
-Neither asks the tower for its attention matrices: queries and keys are caught on their way, so that the tower keeps its
+The tower is never asked for its attention matrices: queries and keys are caught on their way, so that it keeps its
 FlashAttention and no N x N matrix of all heads exists.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,28 +27,34 @@ _lock = threading.Lock()  # of this module, not of an object: models with hooks 
 class TowerSignals:
     """Hooks on the layers of a tower. They do nothing outside `recording`, so images pass untouched.
 
+    A subclass says which modules of a layer to watch, and what follows from what they were given and gave.
+
     Args:
-        layers: encoder layers with `self_attn.q_proj`, `.k_proj`, `.num_heads` and `.scale`.
+        layers: encoder layers.
         needs: which of `frame_features`, `saliency.head`, `saliency.received` to take.
-        head: the pooling head; without it `saliency.head` is `received` and there are no frame features.
-        pool: [F, patches] -> [F, P], as the features are pooled.
     """
 
-    def __init__(
-        self, layers: Any, needs: frozenset[str], head: SiglipHead | None, pool: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.layers, self.needs, self.head, self.pool = layers, needs, head, pool
-        uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
-        self.uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
+    def __init__(self, layers: Any, needs: frozenset[str]) -> None:
+        self.layers, self.needs = layers, needs
         self._local = ThreadState()
         self._users, self._retired = 0, False
         self._hooks = []
         for i, layer in enumerate(layers):
-            watched = {"output": layer} if uses_head else {}
-            if self.uses_received:
-                watched |= {"query": layer.self_attn.q_proj, "key": layer.self_attn.k_proj}
-            for name, module in watched.items():
-                self._hooks.append(module.register_forward_hook(functools.partial(self._saw, i, name)))
+            for name, module in self.watched(layer).items():
+                saw = functools.partial(self._saw, i, name)
+                self._hooks.append(module.register_forward_hook(saw, with_kwargs=True))
+
+    def watched(self, layer: Any) -> Mapping[str, nn.Module]:
+        """Modules of a layer to watch, by a name."""
+        raise NotImplementedError
+
+    def caught(self, name: str, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """What to remember of a watched module's call. The default is its output."""
+        return (output[0] if isinstance(output, tuple) else output).detach()
+
+    def compute(self, layer: Any, caught: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The signals [F, ...] that follow from what was caught of `layer`."""
+        raise NotImplementedError
 
     def remove(self) -> None:
         """Takes the hooks off, once no thread records any more."""
@@ -80,7 +85,9 @@ class TowerSignals:
         try:
             yield found
             start = time.perf_counter() if timed else 0.0
-            found |= self._compute(self.layers[layer], self._local.caught)
+            with torch.no_grad():
+                signals = self.compute(self.layers[layer], self._local.caught)
+            found |= {name: value for name, value in signals.items() if name in self.needs}
             if timed:
                 for device in {value.device for value in found.values()}:
                     synchronise(device)
@@ -91,8 +98,35 @@ class TowerSignals:
                 self._users -= 1
                 self._take_off()
 
-    @torch.no_grad()
-    def _compute(self, layer: Any, caught: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _saw(self, layer: int, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._local.layer == layer:
+            self._local.caught[name] = self.caught(name, kwargs, output)
+
+
+class SiglipSignals(TowerSignals):
+    """Of a SigLIP tower: `received` is the column mean of a layer's attention, `head` the pooling head's probe.
+
+    Args:
+        layers: encoder layers with `self_attn.q_proj`, `.k_proj`, `.num_heads` and `.scale`.
+        needs: as in `TowerSignals`.
+        head: the pooling head; without it `saliency.head` is `received` and there are no frame features.
+        pool: [F, patches] -> [F, P], as the features are pooled.
+    """
+
+    def __init__(
+        self, layers: Any, needs: frozenset[str], head: SiglipHead | None, pool: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.head, self.pool = head, pool
+        self.uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
+        self.uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
+        super().__init__(layers, needs)
+
+    def watched(self, layer: Any) -> Mapping[str, nn.Module]:
+        attention = layer.self_attn
+        seen = {"output": layer} if self.uses_head else {}
+        return seen | ({"query": attention.q_proj, "key": attention.k_proj} if self.uses_received else {})
+
+    def compute(self, layer: Any, caught: Mapping[str, Any]) -> dict[str, Tensor]:
         signals = {}
         if self.uses_received:
             attention = layer.self_attn
@@ -105,11 +139,60 @@ class TowerSignals:
             features, probe = self.head(caught["output"])
             with full_precision(probe.device):
                 signals |= {"frame_features": features, "saliency.head": self.pool(probe)}
-        return {name: value for name, value in signals.items() if name in self.needs}
+        return signals
 
-    def _saw(self, layer: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if self._local.layer == layer:
-            self._local.caught[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+class MergedPatchSignals(TowerSignals):
+    """Of the vision transformers of Qwen, whose patches are merged, m x m at a time, into one token.
+
+    `received` is the column mean of a layer's attention within each frame, the mean over a token's patches. `head` is
+    FastVID's rule for towers without a pooling head: the attention that the mean of a frame's queries pays to the mean
+    of each token's keys.
+
+    Args:
+        layers: blocks with `attn.qkv`, `attn.num_heads` and `attn.scaling`, called with `cu_seqlens` (one sequence a
+            frame) and `position_embeddings`.
+        needs: as in `TowerSignals`.
+        patches: m * m, how many patches in a row become a token.
+    """
+
+    def __init__(self, layers: Any, needs: frozenset[str], patches: int) -> None:
+        self.patches = patches
+        super().__init__(layers, needs)
+
+    def watched(self, layer: Any) -> Mapping[str, nn.Module]:
+        return {"qkv": layer.attn.qkv, "call": layer.attn}
+
+    def caught(self, name: str, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if name == "call":
+            return kwargs["cu_seqlens"], kwargs["position_embeddings"]
+        return super().caught(name, kwargs, output)
+
+    def compute(self, layer: Any, caught: Mapping[str, Any]) -> dict[str, Tensor]:
+        ends, (cos, sin) = caught["call"]
+        query, key, _ = caught["qkv"].unflatten(-1, (3, layer.attn.num_heads, -1)).unbind(-3)  # [patches, H, D]
+        query, key = (rotate(x.float(), cos.float()[:, None], sin.float()[:, None]).to(x.dtype) for x in (query, key))
+        parts: dict[str, list[Tensor]] = {"saliency.received": [], "saliency.head": []}
+        first = 0
+        lengths = ends.diff()
+        for length, frames in zip(*(x.tolist() for x in lengths.unique_consecutive(return_counts=True)), strict=True):
+            here = slice(first, first := first + length * frames)
+            q, k = (x[here].unflatten(0, (frames, length)).transpose(1, 2) for x in (query, key))  # [F, H, n, D]
+            with full_precision(q.device):
+                if "saliency.received" in self.needs:
+                    received = column_mean_attention(q, k, layer.attn.scaling)
+                    parts["saliency.received"].append(received.unflatten(1, (-1, self.patches)).mean(2).flatten())
+                if "saliency.head" in self.needs:
+                    mean, merged = q.float().mean(2), k.float().unflatten(2, (-1, self.patches)).mean(3)
+                    logits = (merged @ mean[..., None])[..., 0] * layer.attn.scaling  # [F, H, P]
+                    parts["saliency.head"].append(logits.softmax(-1).mean(1).flatten())
+        return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [..., D] by tables that broadcast to it, halves rotated into each other."""
+    half = states.shape[-1] // 2
+    return states * cos + torch.cat([-states[..., half:], states[..., :half]], -1) * sin
 
 
 def synchronise(device: torch.device) -> None:

@@ -113,6 +113,18 @@ class Running:
         self.stages.append(Stage(0, _without_embeds(tokens), index))
         return tokens
 
+    def narrow_deepstack(self, kwargs: dict[str, Any]) -> None:
+        """Lets the features that Qwen3-VL adds at its first layers follow the reduction before the LLM."""
+        first = self.stages[0]
+        assert self.plan is not None and first.index is not None
+        visual = kwargs["visual_pos_masks"].to(first.index.device)
+        row_of = (visual.flatten().cumsum(0) - 1).view_as(visual)
+        left = sequence.take(visual, first.index) & first.tokens.mask
+        rows = sequence.take(row_of, first.index)[left]
+        features = [self.plan.narrow(f, row_of) for f in kwargs["deepstack_visual_embeds"]]
+        kwargs["deepstack_visual_embeds"] = [f[rows.to(f.device)] for f in features]
+        kwargs["visual_pos_masks"] = left
+
     def layer(
         self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,0 +1,55 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: patches of any number merged 2 x 2 into a token, two frames into one; no newline.
+
+Qwen2.5-VL's tower looks through windows in all but a few blocks and keeps its tokens in window order meanwhile. Qwen3-VL
+puts a timestamp before every frame and adds tower features to the video tokens at its first decoder layers (deepstack).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+from vidcompress.patches.base import EncodedVideo, Patch
+
+from vidcompress.engine.saliency import MergedPatchSignals, TowerSignals
+from vidcompress.engine.siglip_head import SiglipHead
+
+
+class Qwen2VLPatch(Patch):
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    provides = frozenset({"frame_features", "saliency.head", "saliency.received"})
+    anchors = (*Patch.anchors, "visual.blocks")
+    rotary_axes = 3
+    has_siglip = False
+
+    def encoded(
+        self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
+    ) -> list[EncodedVideo]:
+        grids = arguments["video_grid_thw"]  # [videos, 3]: frames, rows and columns of patches
+        config = self.vision_config(model)
+        merge = config.spatial_merge_size
+        if signals and hasattr(config, "fullatt_block_indexes"):
+            order, _ = get_vision_window_index(grids, merge, config.window_size, config.patch_size)
+            back = order.argsort()
+            signals = {name: s[back.to(s.device)] for name, s in signals.items()}
+        grid = [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
+        sizes = [t * h * w for t, h, w in grid]
+        parts = {name: s.split(sizes) for name, s in signals.items()}
+        return [
+            EncodedVideo(g, signals={name: part[v].view(g[0], -1) for name, part in parts.items()})
+            for v, g in enumerate(grid)
+        ]
+
+    def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
+        taken = needs - {"frame_features"}  # those are the means of the frames' tokens
+        merge = self.vision_config(model).spatial_merge_size
+        return MergedPatchSignals(self.base(model).visual.blocks, taken, merge**2) if taken else None
+
+    def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
+        config = self.vision_config(model)
+        return max(getattr(config, "fullatt_block_indexes", None) or [config.depth - 1])
+
+    def deepstack_layers(self, model: nn.Module) -> int:
+        return len(getattr(self.vision_config(model), "deepstack_visual_indexes", None) or ())
