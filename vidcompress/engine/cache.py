@@ -9,7 +9,7 @@ layer its own way; tokens decoded later are stored one to one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,16 +24,41 @@ class CachedPrefix:
     Attributes:
         start: a decoder layer.
         mask: [B, physical] bool, True where the prefix holds a real token.
-        shift: [B] by how much renumbering moved the positions that follow, or None.
+        following: [B] position of the token that follows, if these layers number tokens anew; None if they do not.
+        shift: [B] what that takes off the caller's positions of all that follows; None until it is known.
+        open: [B] bool, the rows of which it is not known, because nothing followed yet.
     """
 
     start: int
     mask: Tensor
+    following: Tensor | None = None
     shift: Tensor | None = None
+    open: Tensor | None = None
+
+    def continued(self, first: Tensor, present: Tensor) -> CachedPrefix:
+        """Now that more tokens follow: the first of them continues this prefix's own count.
+
+        Args:
+            first: [B] the caller's position of every row's first new token.
+            present: [B] bool, whether the row has one.
+        """
+        if self.following is None or (self.shift is not None and self.open is None):
+            return self
+        shift = first - self.following.to(first.device)
+        waiting = ~present
+        if self.shift is not None and self.open is not None:
+            unknown = self.open.to(first.device)
+            shift, waiting = torch.where(unknown, shift, self.shift.to(first.device)), unknown & waiting
+        return replace(self, shift=shift, open=waiting if waiting.any() else None)
+
+    def cropped(self, tokens: int) -> CachedPrefix:
+        """After that many of the tokens that came with it, and are stored one to one, were taken off the cache."""
+        return self if self.following is None else replace(self, following=self.following - tokens)
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> CachedPrefix:
         """After a change of batch rows."""
-        return CachedPrefix(self.start, rows(self.mask), None if self.shift is None else rows(self.shift))
+        parts = {name: getattr(self, name) for name in ("mask", "following", "shift", "open")}
+        return replace(self, **{name: rows(part) for name, part in parts.items() if part is not None})
 
 
 @dataclass
@@ -57,6 +82,10 @@ class CacheState:
     def removed(self, layer: int) -> int:
         """Tokens that the caller counts and this layer's cache does not store."""
         return self.logical - self.at(layer).mask.shape[1]
+
+    def continued(self, first: Tensor, present: Tensor) -> None:
+        """Notes where the tokens that follow begin, as `CachedPrefix.continued`."""
+        self.prefixes = tuple(prefix.continued(first, present) for prefix in self.prefixes)
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of batch rows."""
@@ -106,6 +135,8 @@ class LogicalLength:
                 "or reset()"
             )
         super().crop(-remove)  # type: ignore[misc]
+        if state is not None:
+            state.prefixes = tuple(prefix.cropped(remove) for prefix in state.prefixes)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

@@ -21,7 +21,8 @@ class Sequence:
         mask: [B, L] bool, True for real tokens, False for padding.
         positions: [A, B, L] rotary positions; A = 1, or 3 for M-RoPE (time, row, column).
         past_mask: [B, stored] bool, the same for the keys in the cache.
-        shift: [B] what renumbering took off the positions so far, or None.
+        shift: [B] what earlier turns' renumbering takes off the caller's positions, or None.
+        renumbered: whether these positions are another count than the caller's, which is to be continued.
     """
 
     embeds: Tensor
@@ -29,6 +30,7 @@ class Sequence:
     positions: Tensor
     past_mask: Tensor
     shift: Tensor | None = None
+    renumbered: bool = False
 
     @property
     def length(self) -> int:
@@ -66,7 +68,14 @@ class Sequence:
             return deeper
         shift = shift.to(device)
         total = shift if deeper.shift is None else deeper.shift + shift
-        return replace(deeper, positions=deeper.positions - shift[:, None], shift=total)
+        return replace(deeper, positions=deeper.positions - shift[:, None], shift=total, renumbered=True)
+
+    @property
+    def following(self) -> Tensor:
+        """[B] the position that comes after each row's last token."""
+        column = torch.arange(self.length, device=self.mask.device)
+        last = (column * self.mask).argmax(1, keepdim=True)
+        return self.positions.amax(0).gather(1, last)[:, 0] + 1
 
     def shortened(self, columns: Rows[Tensor], renumber: bool) -> tuple[Sequence, Tensor]:
         """The sequence of the given columns, rows padded on the left to the longest.
@@ -80,14 +89,11 @@ class Sequence:
         """
         index, mask = left_pad(columns, self.mask)
         positions = torch.stack([axis.gather(1, index) for axis in self.positions])
-        shift = self.shift
         if renumber:
             first = positions[0].masked_fill(~mask, torch.iinfo(positions.dtype).max).amin(1)
-            anew = (first[:, None] + mask.long().cumsum(1) - 1).masked_fill(~mask, 0)
-            moved = self.positions.amax((0, 2)) - anew[:, -1]
-            shift = moved if shift is None else shift + moved
-            positions = anew.expand_as(positions)
-        return replace(self, embeds=take(self.embeds, index), mask=mask, positions=positions, shift=shift), index
+            positions = (first[:, None] + mask.long().cumsum(1) - 1).masked_fill(~mask, 0).expand_as(positions)
+        shorter = replace(self, embeds=take(self.embeds, index), mask=mask, positions=positions)
+        return replace(shorter, renumbered=self.renumbered or renumber), index
 
 
 def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int) -> tuple[Sequence, Tensor]:
@@ -117,12 +123,14 @@ def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int)
     if positions.dim() == 3:
         positions = positions[-axes:]
     positions = positions.to(device).expand(axes, batch, length)
-    past_mask, shift = following, None
+    mask, past_mask, shift = given[:, -length:], following, None
     if state is not None:
+        first = positions[0].gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
+        state.continued(first, mask.any(1))
         past_mask, shift = after(state.at(0), following)
     if shift is not None:
         positions = positions - shift[:, None]
-    return Sequence(embeds, given[:, -length:], positions, past_mask, shift), following
+    return Sequence(embeds, mask, positions, past_mask, shift, shift is not None), following
 
 
 def after(prefix: CachedPrefix, following: Tensor) -> tuple[Tensor, Tensor | None]:

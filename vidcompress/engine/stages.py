@@ -165,7 +165,8 @@ class Running:
                 continue
             tokens = stage.tokens
             stored = tokens.full_mask.shape[1] - tail
-            prefixes.append(CachedPrefix(stage.start, tokens.full_mask[:, :stored], tokens.shift))
+            following = tokens.following if tokens.renumbered else None
+            prefixes.append(CachedPrefix(stage.start, tokens.full_mask[:, :stored], following))
         return CacheState(self.past + self.length - tail, tuple(prefixes))
 
     def lengths(self) -> list[int]:
