@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vidcompress.engine.decoder_signals import LayerView
+from vidcompress.engine.decoder_signals import DECODER_SIGNALS, LayerView
 from vidcompress.engine.saliency import synchronise
 from vidcompress.engine.sequence import Sequence
 from vidcompress.method import Method, Pipeline
@@ -20,8 +20,6 @@ from vidcompress.trace import Prompt, Step, Trace
 
 if TYPE_CHECKING:
     from vidcompress.patches.base import EncodedVideo
-
-TEXT_SIGNALS = frozenset({"text_attention", "text_attention.heads", "text_hidden"})
 
 
 @dataclass
@@ -297,7 +295,7 @@ class Plan:
         return signals
 
     def _decoder_signals(self, method: Method, video: Followed, view: LayerView) -> dict[str, Tensor]:
-        if video.row in self.textless and method.needs & TEXT_SIGNALS:
+        if video.row in self.textless and method.needs & DECODER_SIGNALS:
             warnings.warn(
                 f"the prompt has no text after its last video, by which {method.name} judges relevance; its last token "
                 "stands in for it. Put the question after the video",

@@ -40,7 +40,15 @@ class HieraVid(Method):
     rank_eps: float = setting(1e-6, "a token with less than this part of itself left is used up", low=0)
     kernel: Literal["dot", "cosine"] = setting("dot", "likeness of two tokens in the DPP: dot product, or cosine")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first is not None:  # then the ratio is what `first` and q make it
+            self.q = self._decay()
+            self.retention_ratio = sum(self.fractions()) / 4
+
     def sites(self, depth: int = DEPTH) -> list[Site]:
+        if depth < 4:
+            raise ValueError(f"hieravid has four stages of decoder layers, this decoder has {depth} layers")
         inner = [Site.decoder(quarter * depth // 4, quarter) for quarter in (1, 2, 3)]
         return [Site.projector(), *inner]
 
@@ -69,7 +77,8 @@ class HieraVid(Method):
         x, n = tokens.features, len(tokens)
         count = self.count(site, tokens.grid, tokens.entered, n)
         # Relevance to the last instruction token (eq. 8); the softmax keeps the order.
-        logits = x.double() @ tokens.signal("last_text_hidden").double() / x.shape[1] ** 0.5
+        last = tokens.signal("last_text_hidden").double() / x.shape[1] ** 0.5
+        logits = torch.cat([part.double() @ last for part in x.split(1024)])
         if site.stage == 1:
             keep = ops.top_tokens(logits[None], count)[0].nonzero().squeeze(1)
             return Reduction(keep, n)

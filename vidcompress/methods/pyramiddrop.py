@@ -35,8 +35,12 @@ class PyramidDrop(Method):
             raise ValueError(
                 f"pyramiddrop: {len(layers) or 3} layers need as many ratios, got {len(self._ratios())}; give both"
             )
+        if ratios:  # then it is what they make it
+            self.retention_ratio = (1 + sum(ratios)) / (1 + len(ratios))
 
     def sites(self, depth: int = DEPTH) -> list[Site]:
+        if depth < 4 and self.layers is None:
+            raise ValueError(f"pyramiddrop has four stages of decoder layers, this decoder has {depth}; give `layers`")
         layers = [depth // 4, depth // 2, 3 * depth // 4] if self.layers is None else self.layers
         return [Site.decoder(layer, stage) for stage, layer in enumerate(layers)]
 
