@@ -143,7 +143,7 @@ def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Meth
         row = preset_for(presets, ratio)
         _refuse_unknown(cls, row)
         defaults |= row
-    return _agreed(cls(**(defaults | user)), overrides)
+    return _agreed(cls(**(defaults | user)), user)
 
 
 def _agreed(method: Method, overrides: Mapping[str, Any]) -> Method:

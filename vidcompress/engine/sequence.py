@@ -68,12 +68,12 @@ class Sequence:
         total = shift if deeper.shift is None else deeper.shift + shift
         return replace(deeper, positions=deeper.positions - shift[:, None], shift=total)
 
-    def shortened(self, columns: Rows[Tensor], renumber: bool) -> tuple[Sequence, Tensor]:
+    def shortened(self, columns: Rows[Tensor], renumber: Rows[bool]) -> tuple[Sequence, Tensor]:
         """The sequence of the given columns, rows padded on the left to the longest.
 
         Args:
             columns: for every row the ascending columns that stay; real tokens only.
-            renumber: number the survivors consecutively from their row's first position, on all axes.
+            renumber: rows whose survivors are numbered consecutively from their first position, on all axes.
 
         Returns:
             The sequence and [B, n], the column each of its tokens came from (padding repeats a padding column).
@@ -81,12 +81,13 @@ class Sequence:
         index, mask = left_pad(columns, self.mask)
         positions = torch.stack([axis.gather(1, index) for axis in self.positions])
         shift = self.shift
-        if renumber:
+        if any(renumber):
             first = positions[0].masked_fill(~mask, torch.iinfo(positions.dtype).max).amin(1)
             anew = (first[:, None] + mask.long().cumsum(1) - 1).masked_fill(~mask, 0)
-            moved = self.positions.amax((0, 2)) - anew[:, -1]
+            chosen = torch.tensor(list(renumber), device=mask.device)
+            moved = (self.positions.amax((0, 2)) - anew[:, -1]) * chosen
             shift = moved if shift is None else shift + moved
-            positions = anew.expand_as(positions)
+            positions = torch.where(chosen[:, None], anew, positions)
         return replace(self, embeds=take(self.embeds, index), mask=mask, positions=positions, shift=shift), index
 
 

@@ -29,7 +29,7 @@ class UnifiedPool(Method):
         x, budget = tokens.features, self.budget(tokens.grid)
         # 1. Visit all tokens by descending attention; the pool takes those that are like none in it (eq. 1-2).
         visits = tokens.signal("saliency.received").argsort(descending=True, stable=True)
-        pool = ops.retention_pool(x, visits, self.tau, round((1 - self.cluster_share) * budget))
+        pool = ops.retention_pool(x, visits, self.tau, round(round((1 - self.cluster_share) * budget, 9)))
         # 2. Everything else is recycled; a pool that could not fill leaves its part of the budget to the clusters.
         recycled = torch.ones(len(x), dtype=torch.bool, device=x.device)
         recycled[pool] = False
