@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: patches of any number merged 2 x 2 into a token, two frames into one; no newline.
 
-Qwen2.5-VL's tower looks through windows in all but a few blocks and keeps its tokens in window order meanwhile. Qwen3-VL
+Qwen2.5-VL's tower looks through windows in all but a few blocks, its tokens in window order meanwhile. Qwen3-VL
 puts a timestamp before every frame and adds tower features to the video tokens at its first decoder layers (deepstack).
 """
 

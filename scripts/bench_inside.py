@@ -3,14 +3,15 @@
     python scripts/bench_inside.py --channels 3584 --grid 32x14x14 --repeat 3
 
 Rounds are interleaved; a row gives the median of both times, their ratio, and the memory that each takes beyond its
-input (CPU: resident memory, GPU: allocated). Tokens are synthetic shots of still and moving positions; the decoder
-layer has Qwen2-7B's width and random weights. Only ratios of one run mean something.
+input in a round of its own (CPU: resident memory, GPU: allocated). Tokens are synthetic shots of still and moving
+positions; the decoder layer has Qwen2-7B's width and random weights. Only ratios of one run mean something.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import math
 import platform
@@ -37,13 +38,16 @@ Work = Callable[[], object]
 
 @dataclass
 class Step:
-    """One step: what it is, ours, the naive one, and the bars on time and memory relative to it."""
+    """One step: what it is, ours, the naive one if there is any, and bars: on time and memory relative to it, and on
+    MB.
+    """
 
     name: str
     ours: Work
-    naive: Work
+    naive: Work | None
     time_bar: float | None = None
     memory_bar: float | None = None
+    mb_bar: float | None = None
 
 
 def synthetic(t: int, p: int, channels: int) -> Tensor:
@@ -73,7 +77,7 @@ def naive_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def naive_pool(x: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
-    """One candidate at a time."""
+    """One candidate at a time, the pool gathered anew for each."""
     unit, pool = nn.functional.normalize(x, dim=-1), []
     for i in order.tolist():
         if len(pool) == size:
@@ -81,6 +85,24 @@ def naive_pool(x: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
         if not pool or (unit[pool] @ unit[i]).max() < threshold:
             pool.append(i)
     return torch.tensor(pool)
+
+
+def frugal_pool(x: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
+    """One candidate at a time, the pool in a buffer."""
+    unit, pool = nn.functional.normalize(x, dim=-1), []
+    held = x.new_empty(size, x.shape[1])
+    for i in order.tolist():
+        if len(pool) == size:
+            break
+        if not pool or (held[: len(pool)] @ unit[i]).max() < threshold:
+            held[len(pool)] = unit[i]
+            pool.append(i)
+    return torch.tensor(pool)
+
+
+def naive_cosine(x: Tensor, others: Tensor) -> Tensor:
+    """All cosines at once, in fp64."""
+    return nn.functional.normalize(x.double(), dim=-1) @ nn.functional.normalize(others.double(), dim=-1).T
 
 
 def naive_peaks(x: Tensor, k: int) -> Tensor:
@@ -144,6 +166,11 @@ def unified_steps(x: Tensor, ratio: float) -> list[Step]:
             0.1,
         ),
         Step(
+            f"retention pool, {size}, against a buffer",
+            lambda: ops.retention_pool(x, order, 0.7, size),
+            lambda: frugal_pool(x, order, 0.7, size),
+        ),
+        Step(
             f"density peaks, N = {len(x)}",
             lambda: ops.density_peaks(x[None], everything, 7),
             lambda: naive_peaks(x, 7),
@@ -159,6 +186,33 @@ def unified_steps(x: Tensor, ratio: float) -> list[Step]:
             "merging",
             lambda: ops.merge(x, centres, joined, own, weight),
             lambda: naive_merge(x, joined, len(centres)),
+        ),
+    ]
+
+
+def longer_steps(t: int, p: int, channels: int) -> list[Step]:
+    """Density peaks of a video twice as long, whose distances would take four times the memory."""
+    x = synthetic(2 * t, p, channels).flatten(0, 1)
+    everything = torch.ones(1, len(x), dtype=torch.bool)
+    ours = functools.partial(ops.density_peaks, x[None], everything, 7)
+    return [Step(f"density peaks, N = {len(x)}", ours, None, mb_bar=150)]
+
+
+def merging_steps(x: Tensor, text: int, ratio: float) -> list[Step]:
+    """The steps of text-aware merging, half of the tokens of `ratio` being kept."""
+    draw = torch.Generator().manual_seed(4)
+    x = x[torch.randperm(len(x), generator=draw)[: max(4, round(ratio * len(x)))].sort().values]
+    words, keep, gone = torch.randn(text, x.shape[1], generator=draw), x[::2], x[1::2]
+    return [
+        Step(
+            f"likeness of {len(x)} to {text} words",
+            lambda: ops.max_cosine(x, words),
+            lambda: naive_cosine(x, words).amax(1),
+        ),
+        Step(
+            f"the likest of {len(keep)} for {len(gone)}",
+            lambda: ops.nearest(gone, keep, "cosine"),
+            lambda: naive_cosine(gone, keep).argmax(1),
         ),
     ]
 
@@ -180,7 +234,7 @@ def hieravid_steps(x: Tensor, p: int) -> list[Step]:
         steps.append(
             Step(
                 f"DPP, {k} of {n}",
-                lambda k=k: ops.dpp_map(segment, relevance, [n], [k]),
+                lambda k=k: ops.dpp_map(segment, relevance.log(), [n], [k]),
                 lambda k=k: naive_dpp(segment, relevance, k),
                 bar,
             )
@@ -234,18 +288,35 @@ def layer_steps(x: Tensor, text: int, heads: int, kv_heads: int) -> list[Step]:
     ]
 
 
-def measured(work: Work, device: torch.device) -> tuple[float, float | None]:
-    """Milliseconds, and MB beyond what was there before."""
-    if device.type == "cpu" and platform.system() == "Linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    before = reset_peak_memory(device)
+def milliseconds(work: Work | None, device: torch.device) -> float | None:
+    """Of one call; None for no work."""
+    if work is None:
+        return None
     synchronise(device)
     start = time.perf_counter()
     work()
     synchronise(device)
-    seconds = time.perf_counter() - start
+    return 1e3 * (time.perf_counter() - start)
+
+
+def megabytes(work: Work | None, device: torch.device) -> float | None:
+    """Most memory of one call beyond what was there before; None for no work, or where the system does not tell."""
+    if work is None:
+        return None
+    unmap_what_is_freed()
+    before = reset_peak_memory(device)
+    work()
+    synchronise(device)
     peak = peak_memory_mb(device)
-    return 1e3 * seconds, None if peak is None or before is None else max(0.0, peak - before)
+    return None if peak is None or before is None else max(0.0, peak - before)
+
+
+def unmap_what_is_freed() -> None:
+    """Lets glibc give every block back at once, so that resident memory is what is in use; it slows allocation down."""
+    if platform.system() == "Linux":
+        m_mmap_threshold = -3
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
@@ -270,11 +341,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     x = x.flatten(0, 1).to(device)
     steps = unified_steps(x, options.retention_ratio) + hieravid_steps(x, h * w)
     steps += layer_steps(x, options.text, options.heads, options.kv_heads)
-    seen: list[list[tuple[tuple[float, float | None], ...]]] = [[] for _ in steps]
+    steps += merging_steps(x, options.text, options.retention_ratio)
+    steps += longer_steps(t, h * w, options.channels)
+    times: list[list[tuple[float | None, float | None]]] = [[] for _ in steps]
     for _ in range(options.repeat):
-        for step, rounds in zip(steps, seen, strict=True):
-            rounds.append((measured(step.ours, device), measured(step.naive, device)))
-    rows = [_row(step, rounds) for step, rounds in zip(steps, seen, strict=True)]
+        for step, rounds in zip(steps, times, strict=True):
+            rounds.append((milliseconds(step.ours, device), milliseconds(step.naive, device)))
+    memory = [(megabytes(step.ours, device), megabytes(step.naive, device)) for step in steps]
+    rows = [_row(step, *both) for step, both in zip(steps, zip(times, memory, strict=True), strict=True)]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     about = {"grid": options.grid, "channels": options.channels, "device": machine, "torch": torch.__version__}
     about["threads"] = options.threads
@@ -289,20 +363,35 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     return rows
 
 
-def _row(step: Step, rounds: list[tuple[tuple[float, float | None], ...]]) -> dict[str, object]:
-    ours, naive = (statistics.median(r[i][0] for r in rounds) for i in (0, 1))
-    memory = [[r[i][1] for r in rounds] for i in (0, 1)]
-    mb = [None if None in column else statistics.median(column) for column in memory]
+def _row(
+    step: Step, times: list[tuple[float | None, float | None]], memory: tuple[float | None, float | None]
+) -> dict[str, object]:
+    ms, naive_ms = (
+        None if None in column else statistics.median(t for t in column if t is not None)
+        for column in zip(*times, strict=True)
+    )
+    mb, naive_mb = memory
+    ratio = ms / naive_ms if ms is not None and naive_ms is not None else None
+    share = mb / naive_mb if mb is not None and naive_mb else None
+    bars = [(ratio, step.time_bar), (share, step.memory_bar), (mb, step.mb_bar)]
+    held = [value <= bar for value, bar in bars if value is not None and bar is not None]
     return {
         "step": f"{step.name:<44}",
-        "ms": round(ours, 1),
-        "naive_ms": round(naive, 1),
-        "ratio": round(ours / naive, 3),
+        "ms": _rounded(ms, 1),
+        "naive_ms": _rounded(naive_ms, 1),
+        "ratio": _rounded(ratio, 3),
         "bar": step.time_bar,
-        "mb": None if mb[0] is None else round(mb[0]),
-        "naive_mb": None if mb[1] is None else round(mb[1]),
+        "mb": _rounded(mb, 0),
+        "naive_mb": _rounded(naive_mb, 0),
+        "memory": _rounded(share, 3),
         "memory_bar": step.memory_bar,
+        "mb_bar": step.mb_bar,
+        "held": all(held) if held else None,
     }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 if __name__ == "__main__":

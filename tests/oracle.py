@@ -343,11 +343,10 @@ def causal(hidden: Tensor) -> Tensor:
 
 def run(model: Any, prompt: Prompt, new: Sequence[int] = ()) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """What enters every layer, (hidden [1, n, C], positions [1, n]), and what leaves the last [1, n, C]."""
-    decoder = model.model.language_model
     words = model.get_input_embeddings()(torch.tensor([list(new)], dtype=torch.long))
     hidden = torch.cat([prompt.embeds, words], 1)
     said, entered = prompt.positions, []
-    for i, layer in enumerate(decoder.layers):
+    for i in range(len(model.model.language_model.layers)):
         if i in prompt.stages:
             stage = prompt.stages[i]
             before = stage.map.shape[1]
@@ -355,9 +354,15 @@ def run(model: Any, prompt: Prompt, new: Sequence[int] = ()) -> tuple[list[tuple
             said = stage.positions
         positions = torch.cat([said, said[:, -1:] + 1 + torch.arange(len(new))], 1)
         entered.append((hidden, positions))
-        rotary = decoder.rotary_emb(hidden, positions)
-        hidden = layer(hidden, attention_mask=causal(hidden), position_embeddings=rotary, position_ids=None)
+        hidden = through(model, i, hidden, positions)
     return entered, hidden
+
+
+def through(model: Any, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
+    """[1, n, C] what leaves one layer that gets hidden [1, n, C] at positions [1, n]."""
+    decoder = model.model.language_model
+    rotary = decoder.rotary_emb(hidden, positions)
+    return decoder.layers[layer](hidden, attention_mask=causal(hidden), position_embeddings=rotary, position_ids=None)
 
 
 def entering(model: Any, prompt: Prompt) -> list[tuple[Tensor, Tensor, Tensor]]:

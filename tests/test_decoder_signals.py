@@ -19,6 +19,7 @@ from tiny import (
     generate,
     llava,
     llava_inputs,
+    without_head,
 )
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, StaticCache
@@ -272,7 +273,7 @@ def test_signals_of_a_video_of_which_something_was_removed():
 
     model, inputs = llava(), llava_inputs([TWO])
     whole, left = Both(layers=(1,)), Both(layers=(2, 4))
-    with torch.no_grad():
+    with torch.no_grad(), without_head():
         with vidcompress.apply(model, whole):
             model(**inputs)
         with vidcompress.apply(model, [METHODS["prune"](), left]) as handle:

@@ -416,7 +416,7 @@ def test_order_of_the_picks(case: Inside, number: int, implementation: str, monk
     torch.testing.assert_close(relevance.float(), stage["relevance"], atol=1e-6, rtol=1e-4)
     sizes, counts = stage["sizes"].tolist(), stage["budgets"].tolist()
     kernel = params.get("kernel", "dot")
-    order = ops.dpp_map(hidden, relevance, sizes, counts, params["rank_eps"], kernel)
+    order = ops.dpp_map(hidden, relevance.double().log(), sizes, counts, params["rank_eps"], kernel)
     assert torch.equal(order, stage["order"])
 
 
@@ -504,7 +504,7 @@ def test_pyramiddrop_keeps_the_same(case: Inside) -> None:
             stays[row, places[row][keep]] = True
             index[row] = index[row][keep]
         columns = [row.nonzero().squeeze(1) for row in stays]
-        sequence, moved = sequence.shortened(columns, method.positions == "renumber")
+        sequence, moved = sequence.shortened(columns, [method.positions == "renumber"] * len(columns))
         origin = origin.gather(1, moved)
         for row in range(batch):
             real = sequence.mask[row]

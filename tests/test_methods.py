@@ -1062,10 +1062,13 @@ def test_hieravid_cannot_merge_the_first_frame() -> None:
 )
 def test_hieravid_presets(name: str, x: float, q: float, counts: list[int]) -> None:
     method = load(name)
-    assert type(method) is HieraVid and method.retention_ratio == int(name[-2:]) / 100
+    assert type(method) is HieraVid
+    assert method.retention_ratio == pytest.approx(x * (1 + q + q**2 + q**3) / 4)  # near the ratio that it is called by
+    assert method.retention_ratio == pytest.approx(int(name[-2:]) / 100, rel=0.1)
     assert method.fractions() == pytest.approx([x, x * q, x * q**2, x * q**3])
     assert list(Pipeline.of(method).counts((32, 14, 14)).values()) == counts
-    assert replace(method, first=None, q=None) == load("hieravid", retention_ratio=method.retention_ratio)
+    with pytest.raises(ValueError, match=r"retention_ratio=0\.25 contradicts other settings, which fix it at"):
+        load(method, retention_ratio=0.25)
 
 
 def drifting() -> Tensor:
@@ -1112,6 +1115,17 @@ def test_hieravid_segments(beta: float, segments: list[tuple[int, int]]) -> None
         assert reduction.notes["z"].tolist() == [0]
 
 
+def test_hieravid_segments_that_score_alike() -> None:
+    # Two segments at a right angle but for rounding: both score 1/2, and a difference of 1e-9 is none.
+    x = torch.tensor([[1.0, 0.0], [2e-9, 1.0]]).repeat_interleave(6, 0)
+    notes = HieraVid(first=1.0).decide(VideoTokens(x, (2, 2, 3)), PROJECTOR).notes
+    assert notes["segments"] == [(0, 1), (1, 2)] and notes["z"].tolist() == [0, 0]
+    assert notes["b"].tolist() == pytest.approx([0.5, 0.5])
+    assert HieraVid(first=1.0, eps=0.0).decide(VideoTokens(x, (2, 2, 3)), PROJECTOR).notes["z"].abs().tolist() == (
+        pytest.approx([1, 1])
+    )
+
+
 def test_hieravid_marks_equals_by_index() -> None:
     # A still video: every token is as like the one before as any other; the earliest go first.
     x = randn(1, 6, 8).expand(5, -1, -1).flatten(0, 1)
@@ -1146,6 +1160,7 @@ def staged(x: Tensor, index: list[int], grid: Grid, z: list[float], ends: list[i
         (0.1, [20, 0], [-1.0, 1.0], [10, 0]),  # an emptied segment
         (1.0, [10, 10], [-1.0, 1.0], [1, 9]),  # shares 0 and 1: one token is left to a segment that has any
         (1.0, [14, 6], [-1.0, 1.0], [4, 6]),  # no more than there are
+        (1.0, [10, 10], [0.1, 1.0], [4, 6]),  # shares .6 and 1, not 1.5: 3.75 and 6.25
         (0.1, [8, 8, 4], [-1.0, 0.0, 1.0], [3, 4, 3]),  # 3.2, 4, 2.4 times 10/9.6: 3.33, 4.17, 2.5
     ],
 )
@@ -1233,6 +1248,14 @@ def test_fastv_by_hand() -> None:
     assert FastV().sites(28) == [Site.decoder(2)] and FastV(layer=3).sites(28) == [Site.decoder(3)]
     assert FastV().positions == "keep" and FastV().budget((32, 14, 14)) == 6272
     assert Pipeline.of(FastV()).counts((4, 12, 12)) == {Site.decoder(2): 288}
+
+
+def test_which_layer_pays_the_attention() -> None:
+    # FastV goes by the layer before, PyramidDrop by the layer's own projections.
+    tokens = attended(0.1, 0.2, 0.3, 0.4)
+    tokens = replace(tokens, signals=tokens.signals | {"last_query_attention.previous": torch.tensor([4.0, 3, 2, 1])})
+    assert FastV().decide(tokens, Site.decoder(2)).keep.tolist() == [0, 1]
+    assert PyramidDrop().decide(tokens, Site.decoder(7, 0)).keep.tolist() == [2, 3]
 
 
 def test_fastv_needs_a_layer_before() -> None:

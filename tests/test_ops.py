@@ -490,7 +490,8 @@ def test_max_cosine_where_few_channels_dominate() -> None:
     x, y = tokens.double(), others.double()
     want = torch.cosine_similarity(x[:, None], y[None], dim=-1).amax(1)
     got = ops.max_cosine(tokens, others)
-    torch.testing.assert_close(ops.minmax(got), ops.minmax(want), atol=1e-5, rtol=0)
+    want = (want - want.min()) / (want.max() - want.min())
+    torch.testing.assert_close(ops.minmax(got), want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -1115,8 +1116,8 @@ def sharings_between(draw: st.DrawFn) -> tuple[int, list[int], list[int], list[i
 @settings(quick, max_examples=1000)
 @given(sharings_between())
 @example((10, [1, 9], [10, 10], [4, 0]))
-@example((10, [1, 9, 2], [10, 5, 10], [4, 0, 0]))  # the cap takes more than the floor gives
-@example((10, [1, 9, 2], [10, 8, 10], [4, 0, 0]))  # and the other way round
+@example((10, [1, 9, 2], [10, 3, 10], [2, 0, 0]))  # the cap takes away more than the floor adds
+@example((10, [1, 9, 2], [10, 7, 10], [4, 0, 0]))  # and the other way round
 def test_apportion_between_floors_and_caps(sharing: tuple[int, list[int], list[int], list[int]]) -> None:
     total, weights, caps, floors = sharing
     counts = ops.apportion(total, weights, caps, floors)

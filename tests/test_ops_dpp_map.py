@@ -49,6 +49,10 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def logs(relevance: Tensor) -> Tensor:
+    return relevance.double().log()
+
+
 def clusters(n: int, channels: int, spread: float) -> Tensor:
     """Seven centres far from the origin and tokens `spread` away from them."""
     own = (rand(n, seed=8) * 7).long()
@@ -113,7 +117,7 @@ SPLITS = {
 
 @functools.cache
 def defined(tokens: str, relevance: str, split: str, kernel: Any) -> list[int]:
-    return NAIVE.dpp_map(TOKENS[tokens](), RELEVANCE[relevance](), *SPLITS[split], kernel=kernel).tolist()
+    return NAIVE.dpp_map(TOKENS[tokens](), logs(RELEVANCE[relevance]()), *SPLITS[split], kernel=kernel).tolist()
 
 
 @kernels
@@ -121,7 +125,7 @@ def defined(tokens: str, relevance: str, split: str, kernel: Any) -> list[int]:
 @pytest.mark.parametrize("relevance", RELEVANCE)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_picks_equal_definition(tokens: str, relevance: str, split: str, kernel: str, way: str) -> None:
-    got = FAST.dpp_map(TOKENS[tokens](), RELEVANCE[relevance](), *SPLITS[split], kernel=kernel)
+    got = FAST.dpp_map(TOKENS[tokens](), logs(RELEVANCE[relevance]()), *SPLITS[split], kernel=kernel)
     assert got.dtype == torch.long
     assert got.tolist() == defined(tokens, relevance, split, kernel)
 
@@ -150,8 +154,8 @@ def test_greedy_map_is_pivoted_qr(tokens: str, relevance: str, kernel: str, way:
     h, own = TOKENS[tokens](), RELEVANCE[relevance]()
     unit = torch.nn.functional.normalize(h.double(), dim=-1) if kernel == "cosine" else h.double()
     want = pivoted_qr((own.double()[:, None] * unit).T, 60)
-    assert FAST.dpp_map(h, own, [90], [60], rank_eps=1e-12, kernel=kernel).tolist() == want
-    assert NAIVE.dpp_map(h, own, [90], [60], rank_eps=1e-12, kernel=kernel).tolist() == want
+    assert FAST.dpp_map(h, logs(own), [90], [60], rank_eps=1e-12, kernel=kernel).tolist() == want
+    assert NAIVE.dpp_map(h, logs(own), [90], [60], rank_eps=1e-12, kernel=kernel).tolist() == want
 
 
 @pytest.mark.parametrize("count", [31, 156])
@@ -159,7 +163,7 @@ def test_a_long_segment_is_pivoted_qr(count: int) -> None:
     h, own = clusters(1000, 256, 0.5), rand(1000, seed=2)
     assert len(h) > FAST.LONGEST["cpu"]
     want = pivoted_qr((own.double()[:, None] * h.double()).T, count)
-    assert FAST.dpp_map(h, own, [1000], [count]).tolist() == want
+    assert FAST.dpp_map(h, logs(own), [1000], [count]).tolist() == want
 
 
 @both
@@ -168,10 +172,10 @@ def test_picks_by_hand(run: Any, way: str) -> None:
     h = torch.tensor([[3.0, 0, 0], [2.9, 0.5, 0], [0, 1, 0], [0, 0, 0.2]])
     one = torch.ones(4)
     # After 0, what is left is 0.5 of the second, all of the third and of the fourth. After 2 nothing of 1 is left.
-    assert run(h, one, [4], [3]).tolist() == [0, 2, 3]
-    assert run(h, one, [4], [2]).tolist() == [0, 2]
+    assert run(h, logs(one), [4], [3]).tolist() == [0, 2, 3]
+    assert run(h, logs(one), [4], [2]).tolist() == [0, 2]
     # Cosine: all lengths are 1, and all tie; then 2 and 3 tie.
-    assert run(h, one, [4], [4], kernel="cosine").tolist() == [0, 2, 3, 1]
+    assert run(h, logs(one), [4], [4], kernel="cosine").tolist() == [0, 2, 3, 1]
     # Relevance 0.2 makes the third 0.2 long, as long as the fourth and shorter than what is left of the second.
     assert run(h, torch.tensor([1, 1, 0.2, 1]), [4], [3]).tolist() == [0, 1, 3]
 
@@ -181,11 +185,19 @@ def test_segments_do_not_see_each_other(run: Any, way: str) -> None:
     h, own = clusters(90, 32, 0.4), rand(90, seed=2)
     sizes, counts = [30, 5, 55], [12, 5, 20]
     alone = [
-        start + run(h[start : start + size], own[start : start + size], [size], [count])
+        start + run(h[start : start + size], logs(own[start : start + size]), [size], [count])
         for start, size, count in zip([0, 30, 35], sizes, counts, strict=True)
     ]
-    assert run(h, own, sizes, counts).tolist() == torch.cat(alone).tolist()
+    assert run(h, logs(own), sizes, counts).tolist() == torch.cat(alone).tolist()
     assert run(h[:0], own[:0], [], []).tolist() == run(h[:0], own[:0], [0, 0], [0, 0]).tolist() == []
+
+
+@both
+def test_relevance_beyond_the_range_of_floats(run: Any, way: str) -> None:
+    # e^-2000 is 0 in fp64, and its logarithm is not: what is left is ranked by relevance, then filled by it.
+    h = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 2]])
+    own = torch.tensor([-2000.0, -900, 0, -3000, -3001])
+    assert run(h, own, [5], [5]).tolist() == [2, 1, 3, 0, 4]
 
 
 @both
@@ -193,16 +205,16 @@ def test_what_is_exhausted_is_filled_by_relevance(run: Any, way: str) -> None:
     # Two directions. After the two longest nothing adds anything, and the rest comes by relevance, ties by index.
     h = torch.tensor([[1.0, 0], [5, 0], [0, 4], [2, 2], [0, 1], [1, 1]])
     own = torch.tensor([0.9, 1, 1, 0.3, 0.5, 0.9])
-    assert run(h, own, [6], [6]).tolist() == [1, 2, 0, 5, 4, 3]
+    assert run(h, logs(own), [6], [6]).tolist() == [1, 2, 0, 5, 4, 3]
     # Nothing is relevant at all: the lowest indices.
-    assert run(h, torch.zeros(6), [6], [3]).tolist() == [0, 1, 2]
+    assert run(h, torch.zeros(6).log(), [6], [3]).tolist() == [0, 1, 2]
 
 
 @both
 def test_the_irrelevant_is_not_exhausted(run: Any, way: str) -> None:
     # Token 3 adds 1e-12 of what token 0 did, but nothing of it is spanned. Token 2 adds nothing; it is more relevant.
     h, own = torch.eye(3)[[0, 1, 0, 2]], torch.tensor([1, 0.9, 0.8, 1e-6])
-    assert run(h, own, [4], [3]).tolist() == [0, 1, 3]
+    assert run(h, logs(own), [4], [3]).tolist() == [0, 1, 3]
 
 
 @both
@@ -210,7 +222,7 @@ def test_the_irrelevant_is_not_exhausted(run: Any, way: str) -> None:
 def test_exhausted_means_relative_to_itself(run: Any, eps: float, want: list[int], way: str) -> None:
     # Of token 1's 1e4 the first pick leaves 1: 1e-4 of it, but more than token 2 has altogether.
     h = torch.tensor([[200.0, 0, 0], [100, 1, 0], [0, 0, 0.5]])
-    assert run(h, torch.ones(3), [3], [3], rank_eps=eps).tolist() == want
+    assert run(h, torch.zeros(3), [3], [3], rank_eps=eps).tolist() == want
 
 
 @both
@@ -219,15 +231,15 @@ def test_ties_go_to_the_lowest_index(run: Any, kernel: str, way: str) -> None:
     once = clusters(20, 33, 0.5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(5)) % 20
     own = rand(20, seed=2)[order]
-    got = run(once[order], own, [60], [20], kernel=kernel).tolist()
+    got = run(once[order], logs(own), [60], [20], kernel=kernel).tolist()
     first = {int(token): i for i, token in reversed(list(enumerate(order.tolist())))}
     assert sorted(got) == sorted(first.values())
 
 
 @both
 def test_all_tied(run: Any, way: str) -> None:
-    assert run(torch.eye(40) * 3, torch.ones(40), [40], [25]).tolist() == list(range(25))
-    assert run(torch.ones(40, 3), torch.ones(40), [40], [25]).tolist() == list(range(25))
+    assert run(torch.eye(40) * 3, torch.zeros(40), [40], [25]).tolist() == list(range(25))
+    assert run(torch.ones(40, 3), torch.zeros(40), [40], [25]).tolist() == list(range(25))
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -241,13 +253,13 @@ def test_what_is_promised(segments: list[tuple[int, float]], channels: int, kern
     counts = [int(size * share) for size, share in segments]
     n = sum(sizes)
     h, own = randn(n, channels, seed=n).round(decimals=1), rand(n, seed=n).round(decimals=1)
-    got = ops.dpp_map(h, own, sizes, counts, kernel=kernel)
+    got = ops.dpp_map(h, logs(own), sizes, counts, kernel=kernel)
     assert got.dtype == torch.long and len(got) == sum(counts) == len(set(got.tolist()))
     start = 0
     for size, count, picks in zip(sizes, counts, got.split(counts) if counts else (), strict=True):
         assert all(start <= i < start + size for i in picks.tolist()) and len(picks) == count
         start += size
-    assert got.tolist() == NAIVE.dpp_map(h, own, sizes, counts, kernel=kernel).tolist()
+    assert got.tolist() == NAIVE.dpp_map(h, logs(own), sizes, counts, kernel=kernel).tolist()
 
 
 class Made(TorchDispatchMode):
@@ -267,7 +279,7 @@ class Made(TorchDispatchMode):
 def test_a_long_segment_needs_no_kernel() -> None:
     n, channels = 6000, 32
     with Made() as made:
-        FAST.dpp_map(clusters(n, channels, 0.5).bfloat16(), rand(n, seed=2), [n], [25])
+        FAST.dpp_map(clusters(n, channels, 0.5).bfloat16(), logs(rand(n, seed=2)), [n], [25])
     assert made.elements <= n * channels  # the tokens in fp32
     assert made.fp64 <= max(n, FAST.CANDIDATES[1] * channels, FAST.CANDIDATES[1] ** 2)  # which fp64 sees a few of
 
@@ -284,7 +296,7 @@ def test_fp32_is_left_where_it_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(FAST._Segment, "measure", recorded)
     for tokens, want in (("random", 1), ("massive x 30", 1), ("massive x 30000", 2), ("low rank", 2)):
         used.clear()
-        FAST.dpp_map(TOKENS[tokens](), rand(90, seed=2), [90], [40])
+        FAST.dpp_map(TOKENS[tokens](), logs(rand(90, seed=2)), [90], [40])
         assert used == [torch.float32, torch.float64][:want], tokens
 
 
@@ -303,14 +315,14 @@ def test_recorded_picks(stage: str, way: str) -> None:
                 for name in ("hidden", "relevance", "sizes", "budgets", "order")
             )
             for run in (NAIVE.dpp_map, FAST.dpp_map):
-                assert run(hidden, relevance, sizes.tolist(), budgets.tolist()).tolist() == order.tolist(), case
+                assert run(hidden, logs(relevance), sizes.tolist(), budgets.tolist()).tolist() == order.tolist(), case
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"tokens": torch.zeros(5)}, r"tokens must be \[n, C\].*got \[5\] and \[5\]"),
-        ({"relevance": torch.zeros(4)}, r"relevance \[n\], got \[5, 2\] and \[4\]"),
+        ({"log_relevance": torch.zeros(4)}, r"log_relevance \[n\], got \[5, 2\] and \[4\]"),
         ({"sizes": [2, 2]}, r"sum to n = 5, got sizes \[2, 2\]"),
         ({"counts": [1]}, r"one entry a segment .* counts \[1\]"),
         ({"counts": [3, 1]}, r"0 to all of its tokens, got counts \[3, 1\] of sizes \[2, 3\]"),
@@ -321,7 +333,7 @@ def test_recorded_picks(stage: str, way: str) -> None:
     ],
 )
 def test_bad_input(change: dict[str, Any], match: str) -> None:
-    good: dict[str, Any] = {"tokens": randn(5, 2), "relevance": torch.ones(5), "sizes": [2, 3], "counts": [1, 2]}
+    good: dict[str, Any] = {"tokens": randn(5, 2), "log_relevance": torch.ones(5), "sizes": [2, 3], "counts": [1, 2]}
     ops.dpp_map(**good)
     with pytest.raises(ValueError, match=match):
         ops.dpp_map(**{**good, **change})

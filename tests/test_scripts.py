@@ -31,6 +31,18 @@ def test_bench_methods(capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == rows
 
 
+def test_bench_inside(capsys):
+    main = runpy.run_path(str(SCRIPTS / "bench_inside.py"))["main"]
+    sizes = ["--grid", "8x4x4", "--channels", "64", "--heads", "4", "--kv-heads", "2", "--text", "5"]
+    rows = main([*sizes, "--repeat", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    names = [row["step"].strip() for row in rows]
+    assert {"density peaks, N = 128", "density peaks, N = 256", "DPP, 12 of 128"} <= set(names)
+    assert all(row["ms"] > 0 for row in rows)
+    assert [row["step"] for row in rows if row["naive_ms"] is None] == [rows[-1]["step"]]
+    assert {row["held"] for row in rows if row["bar"] is None and row["mb_bar"] is None} == {None}
+
+
 def test_make_tiny_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["make_tiny_checkpoint.py", str(tmp_path / "tiny")])
     runpy.run_path(str(SCRIPTS / "make_tiny_checkpoint.py"), run_name="__main__")

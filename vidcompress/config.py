@@ -48,7 +48,9 @@ def load(compression: Compression, **overrides: Any) -> Method | Pipeline:
         return Pipeline(methods)
     if isinstance(compression, Method):
         _refuse_unknown(type(compression), overrides)
-        return replace(compression, **_follow_presets(compression, overrides)) if overrides else compression
+        if not overrides:
+            return compression
+        return _agreed(replace(compression, **_follow_presets(compression, overrides)), overrides)
     if isinstance(compression, Mapping):
         return _build(dict(compression), overrides, "this mapping")
     if isinstance(compression, str) and not _is_path(compression):
@@ -141,7 +143,18 @@ def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Meth
         row = preset_for(presets, ratio)
         _refuse_unknown(cls, row)
         defaults |= row
-    return cls(**(defaults | user))
+    return _agreed(cls(**(defaults | user)), user)
+
+
+def _agreed(method: Method, overrides: Mapping[str, Any]) -> Method:
+    """ValueError if other settings fix the ratio that was asked for at another value."""
+    wanted = overrides.get("retention_ratio", method.retention_ratio)
+    if wanted != method.retention_ratio:
+        raise ValueError(
+            f"{method.name}: retention_ratio={wanted} contradicts other settings, which fix it at "
+            f"{method.retention_ratio:.4g}; set those to null"
+        )
+    return method
 
 
 def _follow_presets(method: Method, overrides: dict[str, Any]) -> dict[str, Any]:

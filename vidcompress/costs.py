@@ -50,12 +50,12 @@ class Dimensions:
         Raises ValueError if it lacks what describes a decoder with MLP and attention.
         """
         text = config.get_text_config()
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        names = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         missing = [name for name in names if not isinstance(getattr(text, name, None), int)]
         if missing:
             kind = getattr(config, "model_type", type(config).__name__)
             raise ValueError(f"the config of {kind!r} has no {', '.join(missing)}; a text decoder's config is needed")
-        layers, hidden, intermediate, heads = (getattr(text, name) for name in names)
+        layers, hidden, intermediate, heads = (getattr(text, name) for name in names[1:])
         return cls(
             layers=layers,
             hidden=hidden,
@@ -75,9 +75,9 @@ class Dimensions:
         if frames is not None and frames < 1:
             raise ValueError(f"a video has at least 1 frame, got {frames}")
         if self.frame is None:
-            raise ValueError("this model's tokens a frame depend on the video: give its grid, as 32x14x14")
+            raise ValueError("this model's tokens a frame depend on the video: give its grid (--grid 32x14x14)")
         if frames is None:
-            raise ValueError("give the number of frames: no paper says how many this model is to sample")
+            raise ValueError("give the number of frames (--frames): no paper says how many this model is to sample")
         return (frames, *self.frame)
 
 

@@ -113,7 +113,7 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 
 def run_demo(console: Console, folder: Path | None, retention_ratio: float) -> None:
-    """Makes clip and checkpoint, then answers one question four ways and prints what each cost."""
+    """Makes clip and checkpoint, then answers one question in several ways and prints what each cost."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -164,8 +164,9 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
 
     results = [answer()]
     step = handle.trace[-1].steps[0]
-    handle.switch("fastvid", retention_ratio=retention_ratio)
-    results.append(answer())
+    for other in ("fastvid", "unified", "hieravid"):
+        handle.switch(other, retention_ratio=retention_ratio)
+        results.append(answer())
     handle.remove()
     results.append(answer())
     console.print(rich_table(result_rows(results)))

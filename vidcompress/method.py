@@ -11,7 +11,7 @@ import os
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,9 @@ from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 DEPTH = 28
 """Decoder layers of the 7B models that the papers measure, assumed where no model is at hand."""
+
+USUAL_DEPTHS = (DEPTH, 24, 80)
+"""Decoder layers of the 7B, 0.5B and 72B models."""
 
 
 def setting(
@@ -124,14 +127,22 @@ class Pipeline:
     """Several methods at different sites, in the order in which they act: at most one before the LLM, at most one at
     the input of each decoder layer. Each follows its own `positions`.
 
-    Raises ValueError when two methods meet at one site, or are listed in another order than they act in.
+    Raises ValueError when two methods meet at one site, or are listed in another order than they act in, at every usual
+    depth of an LLM; `stages` tells for one depth.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
         self.methods = tuple(methods)
         if not self.methods:
             raise ValueError("a pipeline needs at least one method")
-        self._stages(DEPTH)
+        refused = []
+        for depth in USUAL_DEPTHS:
+            try:
+                _check([(method, method.sites(depth)) for method in self.methods])
+            except ValueError as error:
+                refused.append(error)
+        if len(refused) == len(USUAL_DEPTHS):
+            raise refused[0]
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(map(repr, self.methods))})"
@@ -157,16 +168,18 @@ class Pipeline:
     def stages(self, depth: int = DEPTH) -> dict[Site, Method]:
         """The method at every site of an LLM of `depth` decoder layers, in the order of the layers.
 
-        Raises ValueError if a site lies beyond the depth, or two methods meet.
+        Raises ValueError if a site lies beyond the depth, two methods meet, or they are not listed in order.
         """
-        stages = self._stages(depth)
+        acting = [(method, method.sites(depth)) for method in self.methods]
+        _check(acting)
+        stages = {site: method for method, sites in acting for site in sites}
         for site, method in stages.items():
             if site.layer >= depth:
                 raise ValueError(
                     f"{method.name} acts at the input of layer {site.layer}; this decoder has {depth} layers, "
                     f"0 to {depth - 1}"
                 )
-        return stages
+        return dict(sorted(stages.items(), key=lambda stage: stage[0].layer))
 
     def counts(self, grid: Grid, depth: int = DEPTH) -> dict[Site, int]:
         """Tokens of a (t, h, w) video that are kept at every site (at most, if some method is not `exact`)."""
@@ -187,23 +200,22 @@ class Pipeline:
             lengths.append(now)
         return lengths
 
-    def _stages(self, depth: int) -> dict[Site, Method]:
-        stages: dict[Site, Method] = {}
-        firsts = []
-        for method in self.methods:
-            sites = method.sites(depth)
-            firsts.append((sites[0].layer, method.name, sites[0]))
-            for site in sites:
-                if site in stages:
-                    raise ValueError(f"{stages[site].name} and {method.name} both act at {site}; one is allowed")
-                stages[site] = method
-        for (layer, name, site), (next_layer, next_name, next_site) in itertools.pairwise(firsts):
-            if next_layer < layer:
-                raise ValueError(
-                    f"{next_name} acts at {next_site}, before {name} at {site}; list the methods of a pipeline in the "
-                    "order in which they act"
-                )
-        return dict(sorted(stages.items(), key=lambda stage: stage[0].layer))
+
+def _check(acting: Sequence[tuple[Method, Sequence[Site]]]) -> None:
+    """ValueError if two methods act at one site, or one of them begins before the one listed before it."""
+    taken: dict[Site, Method] = {}
+    for method, sites in acting:
+        for site in sites:
+            if site in taken:
+                raise ValueError(f"{taken[site].name} and {method.name} both act at {site}; one is allowed")
+            taken[site] = method
+    begins = [(method, sites[0]) for method, sites in acting]
+    for (method, site), (later, earlier_site) in itertools.pairwise(begins):
+        if earlier_site.layer < site.layer:
+            raise ValueError(
+                f"{later.name} acts at {earlier_site}, before {method.name} at {site}; list the methods of a pipeline "
+                "in the order in which they act"
+            )
 
 
 def list_methods() -> dict[str, type[Method]]:

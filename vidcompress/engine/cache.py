@@ -24,7 +24,8 @@ class CachedPrefix:
     Attributes:
         start: a decoder layer.
         mask: [B, physical] bool, True where the prefix holds a real token.
-        following: [B] position of the token that follows, if these layers number tokens anew; None if they do not.
+        following: [B] position of the token that follows, in rows that these layers number anew, -1 in others; None if
+            they number none anew.
         shift: [B] what that takes off the caller's positions of all that follows; None until it is known.
         open: [B] bool, the rows of which it is not known, because nothing followed yet.
     """
@@ -35,6 +36,11 @@ class CachedPrefix:
     shift: Tensor | None = None
     open: Tensor | None = None
 
+    @property
+    def renumbered(self) -> Tensor | None:
+        """[B] bool, rows that are numbered anew; None if there are none."""
+        return None if self.following is None else self.following >= 0
+
     def continued(self, first: Tensor, present: Tensor) -> CachedPrefix:
         """Now that more tokens follow: the first of them continues this prefix's own count.
 
@@ -44,7 +50,8 @@ class CachedPrefix:
         """
         if self.following is None or (self.shift is not None and self.open is None):
             return self
-        shift = first - self.following.to(first.device)
+        following = self.following.to(first.device)
+        shift = (first - following).masked_fill(following < 0, 0)
         waiting = ~present
         if self.shift is not None and self.open is not None:
             unknown = self.open.to(first.device)
@@ -53,7 +60,9 @@ class CachedPrefix:
 
     def cropped(self, tokens: int) -> CachedPrefix:
         """After that many of the tokens that came with it, and are stored one to one, were taken off the cache."""
-        return self if self.following is None else replace(self, following=self.following - tokens)
+        if self.following is None:
+            return self
+        return replace(self, following=torch.where(self.following < 0, -1, self.following - tokens))
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> CachedPrefix:
         """After a change of batch rows."""

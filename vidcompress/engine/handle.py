@@ -132,8 +132,8 @@ class Handle:
             named = sources - {"auto", "none", None}
             if named:
                 raise ValueError(
-                    f"siglip_head={named.pop()!r}: the vision tower of {self.model.config.model_type} is no SigLIP; its "
-                    "own queries and keys give the saliency, so leave siglip_head at 'auto'"
+                    f"siglip_head={named.pop()!r}: the vision tower of {self.model.config.model_type} is no SigLIP; "
+                    "its own queries and keys give the saliency, so leave siglip_head at 'auto'"
                 )
             return None, None
         if len(sources) > 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vidcompress.engine.decoder_signals import LayerView
+from vidcompress.engine.decoder_signals import DECODER_SIGNALS, LayerView
 from vidcompress.engine.saliency import synchronise
 from vidcompress.engine.sequence import Sequence
 from vidcompress.method import Method, Pipeline
@@ -20,8 +20,6 @@ from vidcompress.trace import Prompt, Step, Trace
 
 if TYPE_CHECKING:
     from vidcompress.patches.base import EncodedVideo
-
-TEXT_SIGNALS = frozenset({"text_attention", "text_attention.heads", "text_hidden"})
 
 
 @dataclass
@@ -90,7 +88,6 @@ class Plan:
         text: for every row the columns of the prompt's text after its last video; the last token where there is none.
         last: for every row the column of the prompt's last token.
         textless: rows that have no text after their last video.
-        copies: rows in a row that are the same sample (beams, return sequences); the first of them is recorded.
         prompt: the trace's record, or None if the trace is off.
         taken: (row, columns [N], reduction) of every video at the last site.
     """
@@ -100,7 +97,6 @@ class Plan:
     text: list[Tensor]
     last: list[Tensor]
     textless: list[int]
-    copies: int
     prompt: Prompt | None = None
     taken: list[tuple[int, Tensor, Reduction]] = field(default_factory=list)
 
@@ -118,7 +114,7 @@ class Plan:
         encoding, device = pending.encoding, tokens.mask.device
         where = pending.where.to(device)
         copies = _copies(int(where.sum()), encoding.videos)
-        plan = cls(encoding.pipeline.stages(depth), [], [], [], [], copies)
+        plan = cls(encoding.pipeline.stages(depth), [], [], [], [])
         if traced:
             compression = [{"method": m.name, **m.settings()} for m in encoding.pipeline]
             length = tokens.length
@@ -153,9 +149,10 @@ class Plan:
         self._to(tokens.mask.device)
         stays, merged, changed = tokens.mask.clone(), [], False
         self.taken = []
-        shared: dict[int, tuple[Reduction, Tensor | None]] = {}  # before the LLM, copies of a sample are the same
+        renumbered = [False] * stays.shape[0]
+        shared: dict[int, tuple[Reduction, Tensor | None]] = {}  # beams of a sample are the same, and decided once
         for video in self.followed:
-            if video.number not in shared or view is not None:
+            if video.number not in shared:
                 features = tokens.embeds[video.row, video.places]
                 reduction = self._decide(method, site, video, features, view)
                 new = None if reduction.slot is None else reduction.apply(features)
@@ -171,7 +168,8 @@ class Plan:
             if new is not None:
                 merged.append((video.row, video.places, new))
             changed |= not reduction.is_identity
-        result = self._shorten(tokens, stays, merged, method.positions == "renumber") if changed else None
+            renumbered[video.row] |= method.positions == "renumber" and not reduction.is_identity
+        result = self._shorten(tokens, stays, merged, renumbered) if changed else None
         if self.prompt is not None:
             synchronise(tokens.mask.device)
             seconds = time.perf_counter() - started
@@ -243,7 +241,7 @@ class Plan:
         self.last.append(last)
 
     def _shorten(
-        self, tokens: Sequence, stays: Tensor, merged: list[tuple[int, Tensor, Tensor]], renumber: bool
+        self, tokens: Sequence, stays: Tensor, merged: list[tuple[int, Tensor, Tensor]], renumber: list[bool]
     ) -> tuple[Sequence, Tensor]:
         """The sequence of the columns that stay, merged tokens in place; everything that is followed moves along."""
         embeds = tokens.embeds
@@ -253,7 +251,8 @@ class Plan:
             embeds = embeds.index_put((row, column), torch.cat([new for _, _, new in merged]))
         columns = [stays[row].nonzero().squeeze(1) for row in range(stays.shape[0])]
         shorter, index = replace(tokens, embeds=embeds).shortened(columns, renumber)
-        moved = torch.zeros_like(tokens.mask, dtype=torch.long)
+        # what is gone (a video token that stood in for text) is followed by the row's last survivor
+        moved = torch.full_like(tokens.mask, shorter.length - 1, dtype=torch.long)
         row, column = shorter.mask.nonzero(as_tuple=True)
         moved[row, index[row, column]] = column
         for video in self.followed:
@@ -273,7 +272,7 @@ class Plan:
         self, method: Method, site: Site, video: Followed, features: Tensor, view: LayerView | None
     ) -> Reduction:
         """The decision for one video, recorded."""
-        if self.prompt is None or video.row % self.copies:
+        if self.prompt is None:
             return self._ask(method, site, video, features, view)
         synchronise(features.device)
         start = time.perf_counter()
@@ -299,7 +298,7 @@ class Plan:
         if view is not None:
             signals |= self._decoder_signals(method, video, view)
         name = "projector output" if view is None else f"input of {site}"
-        _refuse_nonfinite({name: features, **signals}, f"video {video.number} (row {video.row})")
+        _refuse_nonfinite({name: features, **signals}, f"video {video.number} (row {video.row})", view is not None)
         index = None if view is None else video.index
         notes = video.notes.get(id(method), {})
         seen = VideoTokens(features.detach(), video.video.grid, index, signals, notes, video.entered)
@@ -314,13 +313,15 @@ class Plan:
         return signals
 
     def _decoder_signals(self, method: Method, video: Followed, view: LayerView) -> dict[str, Tensor]:
-        if video.row in self.textless and method.needs & TEXT_SIGNALS:
+        if video.row in self.textless and method.needs & DECODER_SIGNALS:
             warnings.warn(
                 f"the prompt has no text after its last video, by which {method.name} judges relevance; its last token "
                 "stands in for it. Put the question after the video",
                 stacklevel=2,
             )
-        return view.signals(method.needs, video.row, video.places, self.text[video.row], self.last[video.row])
+        signals = view.signals(method.needs, video.row, video.places, self.text[video.row], self.last[video.row])
+        # where a decoder is spread over devices, its layer's modules may live on another one than its input so far
+        return {name: signal.to(video.places.device) for name, signal in signals.items()}
 
 
 def _copies(found: int, videos: list[EncodedVideo]) -> int:
@@ -334,12 +335,13 @@ def _copies(found: int, videos: list[EncodedVideo]) -> int:
     return found // expected
 
 
-def _refuse_nonfinite(values: dict[str, Tensor], whose: str) -> None:
+def _refuse_nonfinite(values: dict[str, Tensor], whose: str, inside: bool) -> None:
     """ValueError that names the tensor holding NaN or inf; one wait for the device if all is well."""
     finite = torch.stack([v.isfinite().all() for v in values.values()])
     if not finite.all():
         bad = [name for name, ok in zip(values, finite.tolist(), strict=True) if not ok]
         raise ValueError(
             f"{' and '.join(bad)} of {whose} holds NaN or inf; tokens cannot be compared. "
-            "Look at the input frames, and at the dtype of the vision tower (fp16 overflows where bf16 does not)"
+            f"Look at the input frames, and at the dtype of the {'decoder' if inside else 'vision tower'} (fp16 "
+            "overflows where bf16 does not)"
         )

@@ -22,7 +22,8 @@ class Sequence:
         positions: [A, B, L] rotary positions; A = 1, or 3 for M-RoPE (time, row, column).
         past_mask: [B, stored] bool, the same for the keys in the cache.
         shift: [B] what earlier turns' renumbering takes off the caller's positions, or None.
-        renumbered: whether these positions are another count than the caller's, which is to be continued.
+        renumbered: [B] bool, rows whose positions are another count than the caller's, which is to be continued; None
+            if there are none.
     """
 
     embeds: Tensor
@@ -30,7 +31,7 @@ class Sequence:
     positions: Tensor
     past_mask: Tensor
     shift: Tensor | None = None
-    renumbered: bool = False
+    renumbered: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -47,13 +48,16 @@ class Sequence:
         """The positions as a decoder takes them: [B, L], or [3, B, L] for M-RoPE."""
         return self.positions[0] if self.positions.shape[0] == 1 else self.positions
 
-    def entering(self, hidden: Tensor, past_mask: Tensor, shift: Tensor | None) -> Sequence:
+    def entering(
+        self, hidden: Tensor, past_mask: Tensor, shift: Tensor | None = None, renumbered: Tensor | None = None
+    ) -> Sequence:
         """The same tokens at a deeper layer, on its device, whose cache stores another prefix.
 
         Args:
             hidden: [B, L, C] the layer's input.
             past_mask: [B, stored] bool of that layer's cache.
             shift: [B] how much more renumbering moved positions at this layer than at the last, or None.
+            renumbered: [B] bool, the rows that it moved, where there is a shift.
         """
         device = hidden.device
         deeper = replace(
@@ -63,37 +67,44 @@ class Sequence:
             positions=self.positions.to(device),
             past_mask=past_mask.to(device),
             shift=None if self.shift is None else self.shift.to(device),
+            renumbered=None if self.renumbered is None else self.renumbered.to(device),
         )
-        if shift is None:
+        if shift is None or renumbered is None:
             return deeper
-        shift = shift.to(device)
+        shift, renumbered = shift.to(device), renumbered.to(device)
         total = shift if deeper.shift is None else deeper.shift + shift
-        return replace(deeper, positions=deeper.positions - shift[:, None], shift=total, renumbered=True)
+        rows = renumbered if deeper.renumbered is None else deeper.renumbered | renumbered
+        return replace(deeper, positions=deeper.positions - shift[:, None], shift=total, renumbered=rows)
 
     @property
     def following(self) -> Tensor:
-        """[B] the position that comes after each row's last token."""
+        """[B] the position that comes after each row's last token; -1 in rows that are not renumbered."""
         column = torch.arange(self.length, device=self.mask.device)
         last = (column * self.mask).argmax(1, keepdim=True)
-        return self.positions.amax(0).gather(1, last)[:, 0] + 1
+        after = self.positions.amax(0).gather(1, last)[:, 0] + 1
+        return after if self.renumbered is None else after.masked_fill(~self.renumbered, -1)
 
-    def shortened(self, columns: Rows[Tensor], renumber: bool) -> tuple[Sequence, Tensor]:
+    def shortened(self, columns: Rows[Tensor], renumber: Rows[bool]) -> tuple[Sequence, Tensor]:
         """The sequence of the given columns, rows padded on the left to the longest.
 
         Args:
             columns: for every row the ascending columns that stay; real tokens only.
-            renumber: number the survivors consecutively from their row's first position, on all axes.
+            renumber: rows whose survivors are numbered consecutively from their first position, on all axes.
 
         Returns:
             The sequence and [B, n], the column each of its tokens came from (padding repeats a padding column).
         """
         index, mask = left_pad(columns, self.mask)
         positions = torch.stack([axis.gather(1, index) for axis in self.positions])
-        if renumber:
+        renumbered = self.renumbered
+        if any(renumber):
             first = positions[0].masked_fill(~mask, torch.iinfo(positions.dtype).max).amin(1)
-            positions = (first[:, None] + mask.long().cumsum(1) - 1).masked_fill(~mask, 0).expand_as(positions)
+            anew = (first[:, None] + mask.long().cumsum(1) - 1).masked_fill(~mask, 0)
+            chosen = torch.tensor(list(renumber), device=mask.device)
+            positions = torch.where(chosen[:, None], anew, positions)
+            renumbered = chosen if renumbered is None else renumbered | chosen
         shorter = replace(self, embeds=take(self.embeds, index), mask=mask, positions=positions)
-        return replace(shorter, renumbered=self.renumbered or renumber), index
+        return replace(shorter, renumbered=renumbered), index
 
 
 def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int) -> tuple[Sequence, Tensor]:
@@ -123,14 +134,15 @@ def read(kwargs: dict[str, Any], past: int, state: CacheState | None, axes: int)
     if positions.dim() == 3:
         positions = positions[-axes:]
     positions = positions.to(device).expand(axes, batch, length)
-    mask, past_mask, shift = given[:, -length:], following, None
+    mask, past_mask, shift, renumbered = given[:, -length:], following, None, None
     if state is not None:
         first = positions[0].gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
         state.continued(first, mask.any(1))
         past_mask, shift = after(state.at(0), following)
+        renumbered = state.at(0).renumbered
     if shift is not None:
         positions = positions - shift[:, None]
-    return Sequence(embeds, mask, positions, past_mask, shift, shift is not None), following
+    return Sequence(embeds, mask, positions, past_mask, shift, renumbered), following
 
 
 def after(prefix: CachedPrefix, following: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -165,7 +165,7 @@ class Running:
                 continue
             tokens = stage.tokens
             stored = tokens.full_mask.shape[1] - tail
-            following = tokens.following if tokens.renumbered else None
+            following = None if tokens.renumbered is None else tokens.following
             prefixes.append(CachedPrefix(stage.start, tokens.full_mask[:, :stored], following))
         return CacheState(self.past + self.length - tail, tuple(prefixes))
 
@@ -195,12 +195,13 @@ class Running:
     def _enter(self, i: int, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Begins a stage at layer `i`, whose cache may store another prefix, and where a method may act."""
         before = self.stages[-1]
-        past_mask, shift, differs = before.tokens.past_mask, None, False
+        past_mask, shift, renumbered, differs = before.tokens.past_mask, None, None, False
         if self.state is not None:
             past_mask, total = sequence.after(self.state.at(i), self.following)
             shift = self._further(before.start, total)
+            renumbered = self.state.at(i).renumbered
             differs = any(prefix.start == i for prefix in self.state.prefixes[1:])
-        tokens = before.tokens.entering(hidden, past_mask, shift)
+        tokens = before.tokens.entering(hidden, past_mask, shift, renumbered)
         index = None if before.index is None else before.index.to(hidden.device)
         own = before.rotary if shift is None else self.decoder.rotary_emb(hidden, tokens.position_ids)
         if self.plan is not None:

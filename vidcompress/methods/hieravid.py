@@ -37,10 +37,18 @@ class HieraVid(Method):
     lam: float = setting(0.5, "lambda: weight of standing for later segments, against novelty (eq. 4)", low=0, high=1)
     r_var: float = setting(0.05, "how much a segment's budget may deviate, per standard deviation (eq. 5)", low=0)
     eps: float = setting(1e-6, "segment scores whose standard deviation is below this count as equal", low=0)
-    rank_eps: float = setting(1e-6, "a token with less than this part of itself left is used up", low=0)
+    rank_eps: float = setting(1e-6, "a token with less than this part of itself left is used up", low=0, high=0.9)
     kernel: Literal["dot", "cosine"] = setting("dot", "likeness of two tokens in the DPP: dot product, or cosine")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first is not None:  # then the ratio is what `first` and q make it
+            self.q = self._decay()
+            self.retention_ratio = sum(self.fractions()) / 4
+
     def sites(self, depth: int = DEPTH) -> list[Site]:
+        if depth < 4:
+            raise ValueError(f"hieravid has four stages of decoder layers, this decoder has {depth} layers")
         inner = [Site.decoder(quarter * depth // 4, quarter) for quarter in (1, 2, 3)]
         return [Site.projector(), *inner]
 
@@ -69,14 +77,14 @@ class HieraVid(Method):
         x, n = tokens.features, len(tokens)
         count = self.count(site, tokens.grid, tokens.entered, n)
         # Relevance to the last instruction token (eq. 8); the softmax keeps the order.
-        logits = x.double() @ tokens.signal("last_text_hidden").double() / x.shape[1] ** 0.5
+        last = tokens.signal("last_text_hidden").double() / x.shape[1] ** 0.5
+        logits = torch.cat([part.double() @ last for part in x.split(1024)])
         if site.stage == 1:
             keep = ops.top_tokens(logits[None], count)[0].nonzero().squeeze(1)
             return Reduction(keep, n)
         # Relevance-weighted DPP, each segment with its own budget (eq. 5, 9-11).
         sizes, counts = self._segment_budgets(tokens, site.stage, count)
-        relevance = ops.minmax(logits.softmax(0))
-        order = ops.dpp_map(x, relevance, sizes, counts, self.rank_eps, self.kernel)
+        order = ops.dpp_map(x, _log_relevance(logits), sizes, counts, self.rank_eps, self.kernel)
         return Reduction(order.sort().values, n, notes={"sizes": sizes, "budgets": counts})
 
     def _merge_runs(self, tokens: VideoTokens) -> Reduction:
@@ -105,9 +113,9 @@ class HieraVid(Method):
         g = torch.stack(mean)
         before = g.cumsum(0) - g  # sums over the segments before each, and after it
         after = g.sum(0) - g - before
-        none = torch.arange(len(g), device=g.device)
-        left = cosine_similarity(g, before, dim=-1, eps=1e-30) * (none > 0)
-        right = cosine_similarity(g, after, dim=-1, eps=1e-30) * (none < len(g) - 1)
+        last = torch.arange(len(g), device=g.device) == len(g) - 1  # what comes after it is nothing but rounding
+        left = cosine_similarity(g, before, dim=-1, eps=1e-30)
+        right = cosine_similarity(g, after, dim=-1, eps=1e-30).masked_fill(last, 0)
         b = self.lam * right + (1 - self.lam) * (1 - left)
         return {"segments": segments, "b": b, "z": ops.standardise(b, self.eps)}
 
@@ -131,3 +139,10 @@ class HieraVid(Method):
         b = min(max(self.retention_ratio, DECAYS[0][0]), DECAYS[-1][0])
         (low, below), (high, above) = next(pair for pair in itertools.pairwise(DECAYS) if b <= pair[1][0])
         return below + (above - below) * (b - low) / (high - low)
+
+
+def _log_relevance(logits: Tensor) -> Tensor:
+    """Logarithm of the min-max scaled softmax (eq. 8), of which itself next to nothing would differ from 0."""
+    low, high = logits.amin(), logits.amax()
+    part = (-torch.expm1(low - logits)).log() - (-torch.expm1(low - high)).log()
+    return torch.where(high > low, logits - high + part, -torch.inf)

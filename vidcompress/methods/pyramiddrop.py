@@ -16,7 +16,10 @@ class PyramidDrop(Method):
     needs = frozenset({"last_query_attention"})
 
     retention_ratio: float = setting(
-        0.46875, "mean fraction kept over four quarters of the layers; the first keeps all", low=0.25, high=1
+        0.46875,
+        "mean fraction kept over four quarters of all layers; the first keeps all",
+        low=0.25,
+        high=1,
     )
     positions: Literal["keep", "renumber"] = setting("renumber", "survivors are numbered anew after every stage")
     layers: tuple[int, ...] | None = setting(None, "where it drops, ascending; null: after each quarter of them", low=0)
@@ -31,12 +34,15 @@ class PyramidDrop(Method):
             raise ValueError(f"pyramiddrop: layers must be ascending, got {list(layers)}")
         if any(b > a for a, b in itertools.pairwise(ratios)):
             raise ValueError(f"pyramiddrop: ratios are of the tokens that entered, so descending; got {list(ratios)}")
-        if len(layers or "123") != len(self._ratios()):
-            raise ValueError(
-                f"pyramiddrop: {len(layers) or 3} layers need as many ratios, got {len(self._ratios())}; give both"
-            )
+        wanted = len(layers) or 3
+        if wanted != len(self._ratios()):
+            raise ValueError(f"pyramiddrop: {wanted} layers need as many ratios, got {len(self._ratios())}; give both")
+        if ratios and not layers:  # then it is what they make it
+            self.retention_ratio = (1 + sum(ratios)) / 4
 
     def sites(self, depth: int = DEPTH) -> list[Site]:
+        if depth < 4 and self.layers is None:
+            raise ValueError(f"pyramiddrop has four stages of decoder layers, this decoder has {depth}; give `layers`")
         layers = [depth // 4, depth // 2, 3 * depth // 4] if self.layers is None else self.layers
         return [Site.decoder(layer, stage) for stage, layer in enumerate(layers)]
 

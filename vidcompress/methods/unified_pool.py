@@ -29,19 +29,18 @@ class UnifiedPool(Method):
         x, budget = tokens.features, self.budget(tokens.grid)
         # 1. Visit all tokens by descending attention; the pool takes those that are like none in it (eq. 1-2).
         visits = tokens.signal("saliency.received").argsort(descending=True, stable=True)
-        pool = ops.retention_pool(x, visits, self.tau, round((1 - self.cluster_share) * budget))
+        pool = ops.retention_pool(x, visits, self.tau, round(round((1 - self.cluster_share) * budget, 9)))
         # 2. Everything else is recycled; a pool that could not fill leaves its part of the budget to the clusters.
         recycled = torch.ones(len(x), dtype=torch.bool, device=x.device)
         recycled[pool] = False
+        if len(pool) == budget:
+            return Reduction(pool.sort().values, len(x), notes={"pool": pool, "centres": pool[:0]})
         peaks = ops.density_peaks(x[None], recycled[None], self.neighbours, self.density_ties)
         centre = ops.top_tokens(peaks, budget - len(pool))[0].nonzero().squeeze(1)
-        keep = torch.cat([pool, centre]).sort().values
         # 3. Each recycled token joins the nearest centre, a centre its own; a cluster becomes its mean (eq. 3-4).
-        parts = []
-        if len(centre):
-            member = recycled.nonzero().squeeze(1)
-            joined = centre[ops.nearest(x[member], x[centre], "euclidean")]
-            joined = torch.where(torch.isin(member, centre), member, joined)
-            size = joined.bincount(minlength=len(x))
-            parts = [(joined, member, 1 / size[joined].float())]
-        return Reduction.merging(keep, len(x), parts, {"pool": pool, "centres": centre})
+        member = recycled.nonzero().squeeze(1)
+        joined = centre[ops.nearest(x[member], x[centre], "euclidean")]
+        joined = torch.where(torch.isin(member, centre), member, joined)
+        weight = 1 / joined.bincount(minlength=len(x))[joined].float()
+        keep, notes = torch.cat([pool, centre]).sort().values, {"pool": pool, "centres": centre}
+        return Reduction.merging(keep, len(x), [(joined, member, weight)], notes)

@@ -14,7 +14,7 @@ __all__ = ["dpp_map"]
 
 def dpp_map(
     tokens: Tensor,
-    relevance: Tensor,
+    log_relevance: Tensor,
     sizes: Sequence[int],
     counts: Sequence[int],
     rank_eps: float = 1e-6,
@@ -25,11 +25,12 @@ def dpp_map(
     The kernel of a segment is diag(relevance) K diag(relevance). A token adds what the picked ones do not span of its
     own kernel value. It is exhausted once that is at most `rank_eps` of its own kernel value; when all left are
     exhausted, the rest is filled by relevance. Ties go to the lowest index; gains that agree to 1e-9 are tied, because
-    the rounding of fp64 must not choose between copies.
+    the rounding of fp64 must not choose between copies. Relevance comes as a logarithm: the softmax of a model's hidden
+    states spans more than floats hold, and what is spanned does not depend on it.
 
     Args:
         tokens: [n, C], segment after segment.
-        relevance: [n], in [0, 1] as in the paper, although any number has a meaning.
+        log_relevance: [n], -inf for a token that is not relevant at all.
         sizes: tokens of each segment; their sum is n.
         counts: how many each segment keeps, at most its size.
         rank_eps: see above; 0 <= rank_eps < 1.
@@ -41,9 +42,9 @@ def dpp_map(
     Raises:
         ValueError: shapes, sizes and counts that do not fit together, a rank_eps or kernel that is none.
     """
-    if tokens.dim() != 2 or relevance.shape != tokens.shape[:1]:
+    if tokens.dim() != 2 or log_relevance.shape != tokens.shape[:1]:
         raise ValueError(
-            f"tokens must be [n, C] and relevance [n], got {list(tokens.shape)} and {list(relevance.shape)}"
+            f"tokens must be [n, C] and log_relevance [n], got {list(tokens.shape)} and {list(log_relevance.shape)}"
         )
     if len(sizes) != len(counts) or sum(sizes) != len(tokens):
         raise ValueError(
@@ -56,4 +57,4 @@ def dpp_map(
         raise ValueError(f"rank_eps must be in [0, 1), got {rank_eps}: it is a share of a token's own kernel value")
     if kernel not in ("dot", "cosine"):
         raise ValueError(f"kernel must be 'dot' or 'cosine', got {kernel!r}")
-    return implementation("dpp_map")(tokens, relevance, sizes, counts, rank_eps, kernel)
+    return implementation("dpp_map")(tokens, log_relevance, sizes, counts, rank_eps, kernel)

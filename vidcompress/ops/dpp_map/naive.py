@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 TIED = 1e-9
-"""Gains whose relative gap is at most this are equal."""
+"""Gains whose logarithms are at most this far apart are equal."""
 
 
 def dpp_map(
     tokens: Tensor,
-    relevance: Tensor,
+    log_relevance: Tensor,
     sizes: Sequence[int],
     counts: Sequence[int],
     rank_eps: float = 1e-6,
@@ -21,31 +21,31 @@ def dpp_map(
 ) -> Tensor:
     picked, start = [], 0
     for size, count in zip(sizes, counts, strict=True):
-        h, own = tokens[start : start + size].double(), relevance[start : start + size].double()
+        h, own = tokens[start : start + size].double(), log_relevance[start : start + size].double()
         features = normalize(h, dim=-1, eps=1e-30) if kernel == "cosine" else h / h.shape[1] ** 0.5
-        weighted = own[:, None] * features
-        order = _greedy(weighted @ weighted.T, count, rank_eps)
+        order = _greedy(features @ features.T, own, count, rank_eps)
         order += [i for i in own.argsort(descending=True, stable=True).tolist() if i not in order]
         picked += [start + i for i in order[:count]]
         start += size
     return torch.tensor(picked, dtype=torch.long, device=tokens.device)
 
 
-def _greedy(kernel: Tensor, count: int, rank_eps: float) -> list[int]:
+def _greedy(kernel: Tensor, log_relevance: Tensor, count: int, rank_eps: float) -> list[int]:
     """Picks until `count`, or until all are exhausted: the Cholesky form of Chen et al., 2018."""
-    gain = kernel.diagonal().clone()  # [n] what a token would add
-    limit = rank_eps * gain
+    left = kernel.diagonal().clone()  # [n] what the picked ones do not span of a token, relevance aside
+    limit = rank_eps * left
     factor = kernel.new_zeros(len(kernel), count)  # Cholesky factor, a column a pick
     order: list[int] = []
     while len(order) < count:
-        gain[gain <= limit] = -torch.inf
+        left[left <= limit] = 0
+        gain = 2 * log_relevance + left.log()  # [n] what a token would add, as a logarithm
         best = gain.max()
         if best == -torch.inf:
             break
-        pick = int((gain >= best * (1 - TIED)).nonzero()[0])
-        column = (kernel[pick] - factor @ factor[pick]) / gain[pick].sqrt()
+        pick = int((gain >= best - TIED).nonzero()[0])
+        column = (kernel[pick] - factor @ factor[pick]) / left[pick].sqrt()
         factor[:, len(order)] = column
-        gain -= column**2
-        gain[pick] = -torch.inf
+        left -= column**2
+        left[pick] = 0
         order.append(pick)
     return order

@@ -3,6 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-13
+"""As little 1 - cos is rounding in fp64: the tokens are equal, or copies of another length."""
+
 CHUNK_FRAMES = 8
 """Frames whose fp64 copies exist at once."""
 
@@ -14,8 +17,8 @@ def frame_change(tokens: Tensor) -> Tensor:
         tokens: [T, P, C].
 
     Returns:
-        [T - 1, P] fp64; exactly 0 where two tokens are bitwise equal, 1 where one of them is zero
-        (docs/decisions.md, D12).
+        [T - 1, P] fp64; exactly 0 where two tokens are equal up to their length, 1 where one of them is zero and the
+        other is not (docs/decisions.md, D12).
     """
     changes = [tokens.new_empty(0, tokens.shape[1], dtype=torch.float64)]
     for start in range(1, tokens.shape[0], CHUNK_FRAMES):
@@ -23,6 +26,7 @@ def frame_change(tokens: Tensor) -> Tensor:
         x = chunk.double()
         length = torch.linalg.vector_norm(x, dim=-1)  # [F, P]
         cosine = torch.linalg.vecdot(x[1:], x[:-1]) / (length[1:] * length[:-1]).clamp_min(1e-300)
-        same = (chunk[1:] == chunk[:-1]).all(-1)
-        changes.append((1 - cosine).masked_fill(same, 0))
+        change = 1 - cosine
+        still = (change < ROUNDING) | (length[1:] + length[:-1] == 0)
+        changes.append(change.masked_fill(still, 0))
     return torch.cat(changes)
