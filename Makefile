@@ -29,10 +29,10 @@ demo: $(VENV)/.installed-demo
 	$(abspath $(VENV))/bin/vidcompress demo
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto $(ARGS)
 
 test-oldest: $(VENV_OLDEST)/.installed-dev
-	$(PY_OLDEST) -m pytest $(ARGS)
+	$(PY_OLDEST) -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

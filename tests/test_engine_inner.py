@@ -704,8 +704,23 @@ def test_what_a_state_says_of_every_layer():
     state = CacheState(12, (CachedPrefix(0, one), CachedPrefix(3, two, torch.tensor([4, 2]))))
     assert [state.removed(layer) for layer in range(5)] == [3, 3, 3, 7, 7]
     state.map(lambda rows: rows[[1, 1, 0]])
-    assert state.at(4).shift.tolist() == [2, 2, 4] and state.at(2).shift is None
+    assert state.at(4).following.tolist() == [2, 2, 4] and state.at(2).following is None
     assert state.at(2).mask.shape == (3, 9) and state.at(3).mask.shape == (3, 5)
+
+
+def test_what_follows_continues_the_count_of_a_layer():
+    # Row 0 ends at position 6 here, row 1 is not numbered anew, row 2 gets its first token later than the others.
+    prefix = CachedPrefix(3, torch.ones(3, 5, dtype=torch.bool), torch.tensor([7, -1, 5]))
+    assert prefix.renumbered.tolist() == [True, False, True] and prefix.shift is None
+    cropped = prefix.cropped(2)
+    assert cropped.following.tolist() == [5, -1, 3]
+    first = cropped.continued(torch.tensor([20, 21, 0]), torch.tensor([True, True, False]))
+    assert first.shift[:2].tolist() == [15, 0] and first.open.tolist() == [False, False, True]
+    second = first.continued(torch.tensor([30, 31, 40]), torch.tensor([True, True, True]))
+    assert second.shift.tolist() == [15, 0, 37] and second.open is None
+    assert second.continued(torch.tensor([50, 50, 50]), torch.tensor([True] * 3)) is second
+    plain = CachedPrefix(0, torch.ones(3, 5, dtype=torch.bool))
+    assert plain.continued(torch.tensor([1, 2, 3]), torch.tensor([True] * 3)) is plain and plain.cropped(1) is plain
 
 
 @policies

@@ -66,8 +66,8 @@ class CachedPrefix:
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> CachedPrefix:
         """After a change of batch rows."""
-        parts = {name: getattr(self, name) for name in ("mask", "following", "shift", "open")}
-        return replace(self, **{name: rows(part) for name, part in parts.items() if part is not None})
+        following, shift, waiting = (None if t is None else rows(t) for t in (self.following, self.shift, self.open))
+        return CachedPrefix(self.start, rows(self.mask), following, shift, waiting)
 
 
 @dataclass

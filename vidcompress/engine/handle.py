@@ -129,10 +129,10 @@ class Handle:
         if not sources:
             return None, None
         if not self._patch.has_siglip:
-            named = sources - {"auto", "none", None}
-            if named:
+            wanted = sources - {"auto", "none", None}
+            if wanted:
                 raise ValueError(
-                    f"siglip_head={named.pop()!r}: the vision tower of {self.model.config.model_type} is no SigLIP; "
+                    f"siglip_head={wanted.pop()!r}: the vision tower of {self.model.config.model_type} is no SigLIP; "
                     "its own queries and keys give the saliency, so leave siglip_head at 'auto'"
                 )
             return None, None
