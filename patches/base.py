@@ -86,6 +86,9 @@ class Patch:
         """How many of the decoder's first layers add vision features to the video tokens."""
         return 0
 
+    def check_call(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """ValueError if a call of `get_video_features` with these arguments cannot be served; none is refused here."""
+
     def encoded(
         self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
     ) -> list[EncodedVideo]:

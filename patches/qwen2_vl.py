@@ -24,6 +24,15 @@ class Qwen2VLPatch(Patch):
     rotary_axes = 3
     has_siglip = False
 
+    def check_call(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        merge = self.vision_config(model).spatial_merge_size
+        for t, h, w in arguments["video_grid_thw"].tolist():
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                raise ValueError(
+                    f"video_grid_thw holds {[t, h, w]} (frames, rows, columns of patches); {merge} x {merge} patches "
+                    f"become a token, so rows and columns must be multiples of {merge}, and there must be a frame"
+                )
+
     def encoded(
         self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
     ) -> list[EncodedVideo]:

@@ -98,6 +98,7 @@ class Engine:
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
+        self.patch.check_call(self.model, given)
         recording: AbstractContextManager[dict[str, Any]] = nullcontext({})
         while True:
             pipeline, wanted, head = self._setup
