@@ -108,7 +108,7 @@ class Plan:
             tokens: the sequence with all features in place.
             depth: decoder layers.
 
-        Raises ValueError if placeholders and videos do not match.
+        Raises ValueError if placeholders and videos do not match, or a prompt ends inside a video.
         """
         assert pending.encoding is not None
         encoding, device = pending.encoding, tokens.mask.device
@@ -127,6 +127,11 @@ class Plan:
                 first = following
             following = plan._find_videos(row, where[row].nonzero().squeeze(1), encoding.videos, following)
             plan._find_text(row, tokens.mask[row], where[row], pending)
+        if any(bool(video.places[-1] == plan.last[video.row][0]) for video in plan.followed):
+            raise ValueError(
+                "the prompt ends inside a video: its last token, from which the answer begins, may be removed; put at "
+                "least one token behind the video (a chat template does)"
+            )
         if "frame_features" in encoding.pipeline.needs:
             plan._add_frame_features(tokens)
         return plan
