@@ -9,7 +9,7 @@ never see what was said later. The only thing shared with the library is `Method
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,26 @@ TOLERANCE: dict[str, float] = {"atol": 2e-4, "rtol": 1e-3}
 
 
 @dataclass(frozen=True)
+class Said:
+    """A whole prompt as a plain model reads it, one row.
+
+    Attributes:
+        embeds: [1, L, C], features in place.
+        positions: [1, L + 1] rotary positions (M-RoPE: [3, 1, L + 1]), the last one of the token that comes next.
+        videos: in order, nothing decided.
+        added: what each of the first decoder layers adds to its output, [L, C].
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    videos: list[Video]
+    added: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Stage:
-    """The prompt from some decoder layer on: [n, m] dense map of the m tokens before, rotary positions [1, n], and the
-    column [n] of the caller's prompt that each token came from.
+    """The prompt from some decoder layer on: [n, m] dense map of the m tokens before, rotary positions [.., 1, n + 1]
+    (the last one of the token that comes next), and the column [n] of the caller's prompt that each token came from.
     """
 
     map: Tensor
@@ -42,14 +59,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A shortened prompt: embeds [1, n, C], rotary positions [1, n], the column [n] of the caller's prompt that each
-    token came from, and by layer where it is shortened further.
+    """A shortened prompt: embeds [1, n, C], rotary positions [.., 1, n + 1], the column [n] of the caller's prompt that
+    each token came from, by layer where it is shortened further, and what the first layers add.
     """
 
     embeds: Tensor
     positions: Tensor
     columns: Tensor
     stages: Mapping[int, Stage] = field(default_factory=dict)
+    added: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return self.columns.numel()
@@ -115,17 +133,22 @@ class Turn:
             stays[video.columns[video.index(layer)]] = True
         return stays.nonzero().squeeze(1)
 
-    def positions(self, layer: int, closed: int) -> Tensor:
-        """[n] positions of these at `layer`, where renumbering closed so many gaps in the turns before."""
-        columns = torch.arange(self.begin, self.end)
-        positions = columns - closed
+    def positions(self, said: Tensor, layer: int, closed: Tensor | int) -> Tensor:
+        """[.., 1, n + 1] positions of these, and of what comes next, at `layer`.
+
+        Args:
+            said: [.., 1, L + 1] the caller's.
+            closed: gaps that renumbering closed in the turns before.
+        """
+        columns = torch.arange(self.begin, self.end + 1)
+        positions = said[..., columns] - closed
         for site, method in self.stages.items():
             decided = [v.decided[site.layer] for v in self.videos if site.layer in v.decided]
             if site.layer <= layer and not all(r.is_identity for r in decided):
-                stays = torch.isin(columns, self.left(site.layer))
-                columns, positions = columns[stays], positions[stays]
+                stays = torch.isin(columns, self.left(site.layer)) | (columns == self.end)
+                columns, positions = columns[stays], positions[..., stays]
                 if method.positions == "renumber":
-                    positions = positions[0] + torch.arange(len(positions))
+                    positions = positions[..., :1] + torch.arange(len(columns))
         return positions
 
 
@@ -150,24 +173,31 @@ def shorten(
     method: Method | Pipeline,
     signals: Sequence[Mapping[str, Tensor]] | None = None,
     turns: Turns = (),
+    read: Callable[..., Said] | None = None,
 ) -> Prompt:
     """The prompt as the decoder should see it. Differentiable in the model's weights.
 
     Args:
         signals: what the vision tower gives, one mapping for every video; by default `tower_signals` of the model.
         turns: what was said, and compressed, before.
+        read: how this kind of model reads the whole prompt; `read_llava` by default.
     """
-    embeds = embedded(model, inputs)
-    videos = find_videos(model, inputs, signals)
+    said = (read or read_llava)(model, inputs, signals)
     done: list[Turn] = []
-    for end, by in (*turns, (embeds.shape[1], method)):
+    for end, by in (*turns, (said.embeds.shape[1], method)):
         begin = done[-1].end if done else 0
-        mine = [v for v in videos if begin <= v.columns[0] < end]
+        mine = [v for v in said.videos if begin <= v.columns[0] < end]
         stages = Pipeline.of(by).stages(len(model.model.language_model.layers))
         done.append(Turn(begin, end, stages, mine))
         if mine:
-            decide(model, embeds.detach(), inputs["input_ids"][0], done)
-    return assemble(embeds, done)
+            decide(model, said, inputs["input_ids"][0], done)
+    return assemble(said, done)
+
+
+def read_llava(model: Any, inputs: Inputs, signals: Sequence[Mapping[str, Tensor]] | None = None) -> Said:
+    """A prompt of LLaVA-OneVision."""
+    embeds = embedded(model, inputs)
+    return Said(embeds, torch.arange(embeds.shape[1] + 1)[None], find_videos(model, inputs, signals))
 
 
 def embedded(model: Any, inputs: Inputs) -> Tensor:
@@ -195,16 +225,16 @@ def find_videos(model: Any, inputs: Inputs, signals: Sequence[Mapping[str, Tenso
 
 
 @torch.no_grad()
-def decide(model: Any, embeds: Tensor, ids: Tensor, turns: list[Turn]) -> None:
+def decide(model: Any, said: Said, ids: Tensor, turns: list[Turn]) -> None:
     """What becomes of the videos of the last turn, site by site."""
     turn = turns[-1]
-    last_video = max(int(v.columns[-1]) + 1 for v in turn.videos)  # its newline
+    last_video = max(int(v.columns[-1]) for v in turn.videos)
     column = torch.arange(turn.end)
     text = column[(column > last_video) & ~torch.isin(ids[: turn.end], torch.tensor(SPECIAL))]
     last = column[-1:]
     text = text if len(text) else last
     for site, method in turn.stages.items():
-        prompt = assemble(embeds, turns)
+        prompt = assemble(said, turns)
         layers = entering(model, prompt)
         hidden, columns = (prompt.embeds[0], prompt.columns) if site.layer < 0 else layers[site.layer][::2]
         decided = {}
@@ -230,10 +260,10 @@ def decide(model: Any, embeds: Tensor, ids: Tensor, turns: list[Turn]) -> None:
             turn.videos[v].notes.setdefault(method.name, {}).update(reduction.notes)
 
 
-def assemble(embeds: Tensor, turns: Sequence[Turn]) -> Prompt:
+def assemble(said: Said, turns: Sequence[Turn]) -> Prompt:
     """What was said so far, shortened by all decisions made so far."""
     columns = torch.arange(turns[-1].end)
-    hidden, stages = embeds[:, columns], {}
+    whole, stages = columns, {}
     for layer in sorted({-1} | {layer for turn in turns for video in turn.videos for layer in video.decided}):
         dense = torch.eye(len(columns))
         for video in (v for turn in turns for v in turn.videos if layer in v.decided):
@@ -244,13 +274,16 @@ def assemble(embeds: Tensor, turns: Sequence[Turn]) -> Prompt:
         left, positions, closed = [], [], 0
         for turn in turns:
             left.append(turn.left(layer))
-            positions.append(turn.positions(layer, closed))
-            closed = turn.end - 1 - int(positions[-1][-1])
+            here = turn.positions(said.positions, layer, closed)
+            positions.append(here[..., :-1])
+            following = here[..., -1:]
+            closed = said.positions[..., turn.end, None] - following
         stays = torch.isin(columns, torch.cat(left))
         dense, columns = dense[stays], columns[stays]
-        stages[layer] = Stage(dense, torch.cat(positions)[None], columns)
+        stages[layer] = Stage(dense, torch.cat([*positions, following], -1), columns)
     first = stages.pop(-1)
-    return Prompt(first.map @ hidden, first.positions, first.columns, stages)
+    added = tuple(first.map @ features[whole] for features in said.added)
+    return Prompt(first.map @ said.embeds[:, whole], first.positions, first.columns, stages, added)
 
 
 def video_features(model: Any, pixels: Tensor) -> Tensor:
@@ -325,7 +358,7 @@ def decoder_signals(
 
 
 def attention(model: Any, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
-    """[H, n, n] softmax matrix of a layer that gets hidden [n, C] at positions [1, n]."""
+    """[H, n, n] softmax matrix of a layer that gets hidden [n, C] at positions [.., 1, n]."""
     decoder = model.model.language_model
     module = copy.deepcopy(decoder.layers[layer].self_attn)
     module.config._attn_implementation = "eager"
@@ -342,7 +375,7 @@ def causal(hidden: Tensor) -> Tensor:
 
 
 def run(model: Any, prompt: Prompt, new: Sequence[int] = ()) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """What enters every layer, (hidden [1, n, C], positions [1, n]), and what leaves the last [1, n, C]."""
+    """What enters every layer, (hidden [1, n, C], positions [.., 1, n]), and what leaves the last [1, n, C]."""
     words = model.get_input_embeddings()(torch.tensor([list(new)], dtype=torch.long))
     hidden = torch.cat([prompt.embeds, words], 1)
     said, entered = prompt.positions, []
@@ -352,21 +385,24 @@ def run(model: Any, prompt: Prompt, new: Sequence[int] = ()) -> tuple[list[tuple
             before = stage.map.shape[1]
             hidden = torch.cat([stage.map @ hidden[:, :before], hidden[:, before:]], 1)
             said = stage.positions
-        positions = torch.cat([said, said[:, -1:] + 1 + torch.arange(len(new))], 1)
+        n = hidden.shape[1] - len(new)
+        positions = torch.cat([said[..., :n], said[..., n:] + torch.arange(len(new))], -1)
         entered.append((hidden, positions))
         hidden = through(model, i, hidden, positions)
+        if i < len(prompt.added):  # an inner stage does not begin before
+            hidden = hidden + nn.functional.pad(prompt.added[i], (0, 0, 0, len(new)))
     return entered, hidden
 
 
 def through(model: Any, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
-    """[1, n, C] what leaves one layer that gets hidden [1, n, C] at positions [1, n]."""
+    """[1, n, C] what leaves one layer that gets hidden [1, n, C] at positions [.., 1, n]."""
     decoder = model.model.language_model
     rotary = decoder.rotary_emb(hidden, positions)
     return decoder.layers[layer](hidden, attention_mask=causal(hidden), position_embeddings=rotary, position_ids=None)
 
 
 def entering(model: Any, prompt: Prompt) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What enters every layer: hidden [n, C], positions [1, n], and the caller's columns [n]."""
+    """What enters every layer: hidden [n, C], positions [.., 1, n], and the caller's columns [n]."""
     return [(hidden[0], positions, prompt.at(i)) for i, (hidden, positions) in enumerate(run(model, prompt)[0])]
 
 
@@ -387,9 +423,9 @@ def answer(model: Any, inputs: Inputs, method: Method | Pipeline, steps: int = 8
     return Answer(torch.tensor(tokens), torch.stack(logits))
 
 
-def loss(model: Any, inputs: Inputs, labels: Tensor, method: Method | Pipeline) -> Tensor:
+def loss(model: Any, inputs: Inputs, labels: Tensor, method: Method | Pipeline, **shorten_kwargs: Any) -> Tensor:
     """Mean cross-entropy over the labels [1, L] that are not -100, each predicted from the token before it."""
-    prompt = shorten(model, inputs, method)
+    prompt = shorten(model, inputs, method, **shorten_kwargs)
     logits = model.lm_head(hidden_states(model, prompt))
     following = nn.functional.pad(labels[0], (0, 1), value=-100)[prompt.left + 1]
     return cross_entropy(logits, following, ignore_index=-100)

@@ -710,15 +710,18 @@ def test_what_a_state_says_of_every_layer():
 
 def test_what_follows_continues_the_count_of_a_layer():
     # Row 0 ends at position 6 here, row 1 is not numbered anew, row 2 gets its first token later than the others.
-    prefix = CachedPrefix(3, torch.ones(3, 5, dtype=torch.bool), torch.tensor([7, -1, 5]))
+    prefix = CachedPrefix(3, torch.ones(3, 5, dtype=torch.bool), torch.tensor([7, -1, 5]), end=30)
     assert prefix.renumbered.tolist() == [True, False, True] and prefix.shift is None
-    cropped = prefix.cropped(2)
+    assert prefix.cropped(31) is prefix
+    cropped = prefix.cropped(28)
     assert cropped.following.tolist() == [5, -1, 3]
     first = cropped.continued(torch.tensor([20, 21, 0]), torch.tensor([True, True, False]))
     assert first.shift[:2].tolist() == [15, 0] and first.open.tolist() == [False, False, True]
     second = first.continued(torch.tensor([30, 31, 40]), torch.tensor([True, True, True]))
     assert second.shift.tolist() == [15, 0, 37] and second.open is None
     assert second.continued(torch.tensor([50, 50, 50]), torch.tensor([True] * 3)) is second
+    again = second.cropped(28)  # what followed is gone, and the caller's positions may go on otherwise
+    assert again.following.tolist() == [5, -1, 3] and again.shift is None
     plain = CachedPrefix(0, torch.ones(3, 5, dtype=torch.bool))
     assert plain.continued(torch.tensor([1, 2, 3]), torch.tensor([True] * 3)) is plain and plain.cropped(1) is plain
 

@@ -139,14 +139,13 @@ def ask(
     if handle is not None and not handle.trace.enabled:
         raise ValueError("measuring a compressed model needs its trace: set handle.trace.enabled = True")
     inputs = prepare_inputs(processor, video, prompt).to(model.device)
-    floating = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    # Pixels only: Qwen2.5-VL's seconds a frame, rounded to bf16, would move positions.
+    typed = {k: v.to(model.dtype) if k.startswith("pixel_values") else v for k, v in inputs.items()}
     device = next(model.parameters()).device
     reset_peak_memory(device)
     with _stages(model) as clock:
         start = clock.now()
-        output = model.generate(
-            **floating, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
-        )
+        output = model.generate(**typed, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
         end = clock.now()
     length = inputs["input_ids"].shape[1]
     record = None if handle is None else handle.trace.last

@@ -28,6 +28,7 @@ class CachedPrefix:
             they number none anew.
         shift: [B] what that takes off the caller's positions of all that follows; None until it is known.
         open: [B] bool, the rows of which it is not known, because nothing followed yet.
+        end: the caller's length at which `following` begins.
     """
 
     start: int
@@ -35,6 +36,7 @@ class CachedPrefix:
     following: Tensor | None = None
     shift: Tensor | None = None
     open: Tensor | None = None
+    end: int = 0
 
     @property
     def renumbered(self) -> Tensor | None:
@@ -58,16 +60,17 @@ class CachedPrefix:
             shift, waiting = torch.where(unknown, shift, self.shift.to(first.device)), unknown & waiting
         return replace(self, shift=shift, open=waiting if waiting.any() else None)
 
-    def cropped(self, tokens: int) -> CachedPrefix:
-        """After that many of the tokens that came with it, and are stored one to one, were taken off the cache."""
-        if self.following is None:
+    def cropped(self, length: int) -> CachedPrefix:
+        """After the cache was cropped to the caller's `length`: what follows then continues the count from there."""
+        if self.following is None or length > self.end:
             return self
-        return replace(self, following=torch.where(self.following < 0, -1, self.following - tokens))
+        following = torch.where(self.following < 0, -1, self.following - (self.end - length))
+        return replace(self, following=following, shift=None, open=None, end=length)
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> CachedPrefix:
         """After a change of batch rows."""
         following, shift, waiting = (None if t is None else rows(t) for t in (self.following, self.shift, self.open))
-        return CachedPrefix(self.start, rows(self.mask), following, shift, waiting)
+        return CachedPrefix(self.start, rows(self.mask), following, shift, waiting, self.end)
 
 
 @dataclass
@@ -145,7 +148,7 @@ class LogicalLength:
             )
         super().crop(-remove)  # type: ignore[misc]
         if state is not None:
-            state.prefixes = tuple(prefix.cropped(remove) for prefix in state.prefixes)
+            state.prefixes = tuple(prefix.cropped(length - remove) for prefix in state.prefixes)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

@@ -166,7 +166,9 @@ class Running:
             tokens = stage.tokens
             stored = tokens.full_mask.shape[1] - tail
             following = None if tokens.renumbered is None else tokens.following
-            prefixes.append(CachedPrefix(stage.start, tokens.full_mask[:, :stored], following))
+            prefixes.append(
+                CachedPrefix(stage.start, tokens.full_mask[:, :stored], following, end=self.past + self.length)
+            )
         return CacheState(self.past + self.length - tail, tuple(prefixes))
 
     def lengths(self) -> list[int]:
