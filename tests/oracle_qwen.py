@@ -67,7 +67,9 @@ def read(
             where = ids[0] == token
             embeds = embeds.masked_scatter(where[None, :, None], torch.cat(encoded.pooler_output))
             for layer, features in enumerate(getattr(encoded, "deepstack_features", ())):
-                added[layer] = added[layer].masked_scatter(where[:, None], torch.cat(features))
+                # one tensor a layer before transformers 5.18, later one for every video
+                whole = features if torch.is_tensor(features) else torch.cat(features)
+                added[layer] = added[layer].masked_scatter(where[:, None], whole)
             if token == VIDEO:
                 videos = find_videos(model, inputs, encoded.pooler_output, where.nonzero().squeeze(1), signals)
     return Said(embeds, positions(model, inputs, prompt, decoded, delta), videos, tuple(added))
