@@ -159,8 +159,12 @@ def _scan(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor, 
         square[here] = x.norm(dim=1).square()
         for j in range(i if columns is None else 0, ends[i // TILE], TILE):
             number = across[j : j + TILE]
-            y = x if columns is None and i == j else points.around(number, origin)
-            tile = torch.addmm(y.norm(dim=1).square(), x, y.T, alpha=-2).add_(square[here, None])
+            same = columns is None and i == j
+            y = x if same else points.around(number, origin)
+            if same:
+                tile = _products(x).mul_(-2).add_(square[here]).add_(square[here, None])
+            else:
+                tile = torch.addmm(y.norm(dim=1).square(), x, y.T, alpha=-2).add_(square[here, None])
             if points.below is not None:
                 tile.masked_fill_(number >= points.below[rows[here], None], torch.inf)
             _keep(near, here, tile, number)
@@ -172,6 +176,16 @@ def _scan(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor, 
     listed = last.isinf() if kept < len(across) else torch.ones_like(last, dtype=torch.bool)
     near.reach = (last - points.noise(square, last)).masked_fill(listed, torch.inf)
     return near
+
+
+def _products(x: Tensor) -> Tensor:
+    """x x^T, of which one of four blocks is the mirror of another."""
+    half, out = len(x) // 2, x.new_empty(len(x), len(x))
+    out[:half, :half] = x[:half] @ x[:half].T
+    out[half:, half:] = x[half:] @ x[half:].T
+    out[:half, half:] = x[:half] @ x[half:].T
+    out[half:, :half] = out[:half, half:].T
+    return out
 
 
 def _ends(points: Points, rows: Tensor, columns: Tensor) -> list[int]:
