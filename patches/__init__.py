@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from vidcompress.method import nearest
+from vidcompress.method import did_you_mean
 
 if TYPE_CHECKING:
     from vidcompress.patches.base import Patch
@@ -30,6 +30,6 @@ def find(config: Any) -> Patch:
     kind, known = getattr(config, "model_type", None), backbones()
     if kind not in known:
         raise ValueError(
-            f"no patch for model_type {kind!r}{nearest(str(kind), known)}; vidcompress knows: {', '.join(known)}"
+            f"no patch for model_type {kind!r}{did_you_mean(str(kind), known)}; vidcompress knows: {', '.join(known)}"
         )
     return known[kind]()

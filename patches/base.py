@@ -13,7 +13,6 @@ from vidcompress.tokens import Grid
 
 if TYPE_CHECKING:
     from vidcompress.engine.saliency import TowerSignals
-    from vidcompress.engine.siglip_head import SiglipHead
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,10 @@ class Patch:
         """How many of the decoder's first layers add vision features to the video tokens."""
         return 0
 
+    def frame_grid(self, config: Any) -> tuple[int, int] | None:
+        """(rows, columns) of a frame's tokens by the model's config; None where they depend on the video."""
+        return None
+
     def check_call(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """ValueError if a call of `get_video_features` with these arguments cannot be served; none is refused here."""
 
@@ -100,8 +103,8 @@ class Patch:
         """
         raise NotImplementedError
 
-    def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
-        """What takes the signals `needs` out of the vision tower while it runs; None if nothing is needed."""
+    def tower_signals(self, model: nn.Module) -> TowerSignals:
+        """What takes signals out of the vision tower while it runs, with its hooks on."""
         raise NotImplementedError
 
     def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:

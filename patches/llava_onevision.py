@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vidcompress.patches.base import EncodedVideo, Patch
 
 from vidcompress.engine.saliency import SiglipSignals, TowerSignals
-from vidcompress.engine.siglip_head import SiglipHead
 
 
 class LlavaOnevisionPatch(Patch):
@@ -19,27 +18,31 @@ class LlavaOnevisionPatch(Patch):
     provides = frozenset({"frame_features", "saliency.head", "saliency.received"})
     anchors = (*Patch.anchors, "vision_tower.encoder.layers", "apply_pooling")
 
+    def frame_grid(self, config: Any) -> tuple[int, int] | None:
+        vision = config.vision_config
+        side = math.ceil((vision.image_size // vision.patch_size) / 2)  # 27 -> 14 for the real models
+        return side, side
+
     def encoded(
         self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
     ) -> list[EncodedVideo]:
         # [videos, frames, channels, height, width]; the argument was renamed within 5.x
         pixels = next(arguments[k] for k in ("pixel_values_videos", "pixel_values") if k in arguments)
         videos, frames = pixels.shape[:2]
-        config = self.vision_config(model)
-        side = math.ceil((config.image_size // config.patch_size) / 2)  # 27 -> 14 for the real models
+        frame = self.frame_grid(self.base(model).config)
+        assert frame is not None
         return [
             EncodedVideo(
-                grid=(frames, side, side),
+                grid=(frames, *frame),
                 newlines=1,
                 signals={name: s.view(videos, frames, -1)[v] for name, s in signals.items()},
             )
             for v in range(videos)
         ]
 
-    def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
+    def tower_signals(self, model: nn.Module) -> TowerSignals:
         layers = self.base(model).vision_tower.encoder.layers
-        self.signal_layer(model, {})
-        return SiglipSignals(layers, needs, head, functools.partial(self.pool_saliency, model))
+        return SiglipSignals(layers, functools.partial(self.pool_saliency, model))
 
     def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
         selected = arguments.get("vision_feature_layer")

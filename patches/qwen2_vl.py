@@ -14,7 +14,6 @@ from transformers.vision_utils import get_vision_window_index
 from vidcompress.patches.base import EncodedVideo, Patch
 
 from vidcompress.engine.saliency import MergedPatchSignals, TowerSignals
-from vidcompress.engine.siglip_head import SiglipHead
 
 
 class Qwen2VLPatch(Patch):
@@ -51,10 +50,8 @@ class Qwen2VLPatch(Patch):
             for v, g in enumerate(grid)
         ]
 
-    def tower_signals(self, model: nn.Module, needs: frozenset[str], head: SiglipHead | None) -> TowerSignals | None:
-        taken = needs - {"frame_features"}  # those are the means of the frames' tokens
-        merge = self.vision_config(model).spatial_merge_size
-        return MergedPatchSignals(self.base(model).visual.blocks, taken, merge**2) if taken else None
+    def tower_signals(self, model: nn.Module) -> TowerSignals:
+        return MergedPatchSignals(self.base(model).visual.blocks, self.vision_config(model).spatial_merge_size ** 2)
 
     def signal_layer(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
         config = self.vision_config(model)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vidcompress import ops
+from vidcompress import Site, VideoTokens, load, ops
 from vidcompress.compat import ensure_torchvision
 
 ensure_torchvision()  # looked for when transformers is imported
@@ -198,6 +198,17 @@ def longer_steps(t: int, p: int, channels: int) -> list[Step]:
     return [Step(f"density peaks, N = {len(x)}", ours, None, mb_bar=150)]
 
 
+def whole_steps(x: Tensor, grid: tuple[int, int, int], ratio: float) -> list[Step]:
+    """All that both methods decide before the LLM, which has no naive version of its own."""
+    attention = torch.rand(len(x), generator=torch.Generator().manual_seed(5))
+    tokens = VideoTokens(x, grid, signals={"saliency.received": attention})
+    steps = []
+    for name in ("unified", "hieravid"):
+        decide = functools.partial(load(name, retention_ratio=ratio).decide, tokens, Site.projector())
+        steps.append(Step(f"{name} before the LLM, all of it", decide, None))
+    return steps
+
+
 def merging_steps(x: Tensor, text: int, ratio: float) -> list[Step]:
     """The steps of text-aware merging, half of the tokens of `ratio` being kept."""
     draw = torch.Generator().manual_seed(4)
@@ -341,6 +352,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     x = x.flatten(0, 1).to(device)
     steps = unified_steps(x, options.retention_ratio) + hieravid_steps(x, h * w)
     steps += layer_steps(x, options.text, options.heads, options.kv_heads)
+    steps += whole_steps(x, (t, h, w), options.retention_ratio)
     steps += merging_steps(x, options.text, options.retention_ratio)
     steps += longer_steps(t, h * w, options.channels)
     times: list[list[tuple[float | None, float | None]]] = [[] for _ in steps]

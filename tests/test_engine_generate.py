@@ -500,3 +500,17 @@ def test_switching_between_the_prompts_of_other_threads():
     assert {p.after for p in handle.trace} <= counts
     for prompt in handle.trace:
         assert prompt.steps[0].method == prompt.compression[0]["method"]
+
+
+def test_switching_touches_no_hook():
+    """A torch module is not to be given hooks while another thread may be calling it."""
+
+    def hooks() -> list[tuple[int, ...]]:
+        return [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
+
+    _, model, handle = pair(METHODS["prune"]())
+    before = hooks()
+    for name in ("infomerge", "fastvid", "unified_pool", "hieravid", "random"):
+        with without_head():
+            handle.switch(name)
+        assert hooks() == before

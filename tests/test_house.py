@@ -300,7 +300,7 @@ ARROWS = {
     "method": {"tokens", "precision"},
     "methods": {"method", "methods", "tokens", "ops"},
     "config": {"method"},
-    "costs": {"method", "tokens"},
+    "costs": {"method", "tokens", "patches"},
     "trace": {"tokens"},
     "engine": {"engine", "patches", "config", "method", "tokens", "trace", "ops", "compat", "precision"},
     "patches": {"patches", "engine", "method", "tokens"},

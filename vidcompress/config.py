@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vidcompress.method import Method, Pipeline, list_methods, nearest
+from vidcompress.method import Method, Pipeline, did_you_mean, list_methods
 
 Compression = str | os.PathLike | Mapping[str, Any] | Method | Pipeline | Sequence[Any]
 
@@ -130,7 +130,7 @@ def _build(given: dict[str, Any], overrides: dict[str, Any], where: str) -> Meth
         del given["method"]
     if name not in known:
         words = [*known, *named]
-        raise ValueError(f"unknown compression {name!r}{nearest(name, words)}; available: {', '.join(words)}")
+        raise ValueError(f"unknown compression {name!r}{did_you_mean(name, words)}; available: {', '.join(words)}")
     cls = known[name]
     base = shipped(name)
     presets = given.get("presets") or base.get("presets") or {}
@@ -172,7 +172,8 @@ def _refuse_unknown(cls: type[Method], given: Mapping[str, Any]) -> None:
     names = [f.name for f in fields(cls)]
     for key in given:
         if key not in names:
-            raise ValueError(f"{cls.name} has no setting {key!r}{nearest(str(key), names)}; it has: {', '.join(names)}")
+            hint = did_you_mean(str(key), names)
+            raise ValueError(f"{cls.name} has no setting {key!r}{hint}; it has: {', '.join(names)}")
 
 
 def _is_path(text: str) -> bool:

@@ -49,6 +49,9 @@ class Dimensions:
 
         Raises ValueError if it lacks what describes a decoder with MLP and attention.
         """
+        from vidcompress.patches import backbones
+
+        backbone = backbones().get(getattr(config, "model_type", ""))
         text = config.get_text_config()
         names = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         missing = [name for name in names if not isinstance(getattr(text, name, None), int)]
@@ -63,7 +66,7 @@ class Dimensions:
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or hidden // heads,
-            frame=_frame_of(config),
+            frame=None if backbone is None else backbone().frame_grid(config),
         )
 
     def grid(self, frames: int | None = None) -> Grid:
@@ -113,7 +116,7 @@ def dimensions(model: str | os.PathLike) -> Dimensions:
     Raises ValueError for a name that is none of these, with the nearest one that is; OSError where a config cannot be
     read.
     """
-    from vidcompress.method import nearest
+    from vidcompress.method import did_you_mean
 
     name = os.fspath(model)
     for known, found in MODELS.items():
@@ -121,20 +124,12 @@ def dimensions(model: str | os.PathLike) -> Dimensions:
             return found
     if not os.path.isdir(name) and "/" not in name:
         raise ValueError(
-            f"unknown model {name!r}{nearest(name, MODELS)}; give a folder, a hub id (owner/name) or one of: "
+            f"unknown model {name!r}{did_you_mean(name, MODELS)}; give a folder, a hub id (owner/name) or one of: "
             f"{', '.join(MODELS)}"
         )
     from transformers import AutoConfig
 
     return Dimensions.of(AutoConfig.from_pretrained(name))
-
-
-def _frame_of(config: Any) -> tuple[int, int] | None:
-    """(rows, columns) that a frame's patches are pooled to, where the config alone decides it."""
-    if getattr(config, "model_type", None) != "llava_onevision":
-        return None
-    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
-    return side, side
 
 
 # -- FLOPs -------------------------------------------------------------------------------------------------------------
@@ -205,10 +200,10 @@ def flops(formula: str, of: Dimensions, lengths: Sequence[int], decode_tokens: i
 
     Raises ValueError for an unknown formula, lengths of another depth and negative counts.
     """
-    from vidcompress.method import nearest
+    from vidcompress.method import did_you_mean
 
     if formula not in FORMULAS:
-        raise ValueError(f"unknown formula {formula!r}{nearest(formula, FORMULAS)}; one of: {', '.join(FORMULAS)}")
+        raise ValueError(f"unknown formula {formula!r}{did_you_mean(formula, FORMULAS)}; one of: {', '.join(FORMULAS)}")
     if decode_tokens < 0:
         raise ValueError(f"decode_tokens must be at least 0, got {decode_tokens}")
     return [FORMULAS[formula].layer(of, n, decode_tokens) for n in _checked(of, lengths)]

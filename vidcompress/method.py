@@ -86,6 +86,10 @@ class Method:
             return self.budget(grid)
         return min(before, max(1, floor(self.retention_ratio * before)))
 
+    def wanted(self, tokens: VideoTokens, site: Site) -> int:
+        """`count` for the tokens that reached `site`."""
+        return self.count(site, tokens.grid, tokens.entered, len(tokens))
+
     def budget(self, grid: Grid) -> int:
         """Tokens kept of a (t, h, w) video before the LLM: a pure function of the grid and the fields (D3)."""
         if Site.projector() not in self.sites():
@@ -108,7 +112,7 @@ class Method:
 
     def decide(self, tokens: VideoTokens, site: Site) -> Reduction:
         """`reduce`, with the promises kept: a budget that covers all tokens changes nothing, and the count is exact."""
-        count = self.count(site, tokens.grid, tokens.entered, len(tokens))
+        count = self.wanted(tokens, site)
         if count >= len(tokens) and not (self.looks_ahead and site.stage == 0):
             return Reduction.identity(len(tokens), tokens.features.device)
         with torch.no_grad(), full_precision(tokens.features.device):
@@ -246,7 +250,7 @@ def decay_for(mean: float) -> float:
     return high
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """' (did you mean ...?)' for an unknown word, or nothing."""
     close = difflib.get_close_matches(word, list(words), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -264,7 +268,7 @@ def _checked(method: str, name: str, hint: Any, value: Any, meta: typing.Mapping
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            hint_text = nearest(value, choices) if isinstance(value, str) else ""
+            hint_text = did_you_mean(value, choices) if isinstance(value, str) else ""
             raise ValueError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint_text}")
         return value
     if typing.get_origin(hint) is tuple:

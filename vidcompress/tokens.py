@@ -123,6 +123,11 @@ class Reduction:
         return cls(torch.arange(n, device=device), n)
 
     @classmethod
+    def pruning(cls, kept: Tensor, notes: Mapping[str, Any] | None = None) -> Reduction:
+        """Keeps the tokens where `kept` [N] bool is True, as they are."""
+        return cls(kept.nonzero().squeeze(1), kept.numel(), notes=notes or {})
+
+    @classmethod
     def merging(
         cls,
         keep: Tensor,

@@ -30,7 +30,6 @@ from vidcompress.engine.cache import commit, state_of
 from vidcompress.engine.context import ThreadState
 from vidcompress.engine.overrides import Generate, GetVideoFeatures, NoAutoCompile, Override, PlainMasks, refuse_mask
 from vidcompress.engine.plan import Encoding, Pending, Plan
-from vidcompress.engine.saliency import TowerSignals
 from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.engine.stages import Running
 from vidcompress.method import Pipeline
@@ -53,7 +52,8 @@ class Engine:
         self.model, self.patch, self.trace = model, patch, trace
         self.base, self.decoder = patch.base(model), patch.decoder(model)
         self.local = ThreadState()
-        self._setup: tuple[Pipeline, TowerSignals | None, str | None]
+        self._setup: tuple[Pipeline, SiglipHead | None, str | None]
+        self.tower = patch.tower_signals(model)
         self._base_signature = inspect.signature(type(self.base).forward)
         before, after = {"with_kwargs": True}, {"always_call": True}
         self._hooks = [
@@ -74,12 +74,9 @@ class Engine:
 
     def configure(self, pipeline: Pipeline, head: SiglipHead | None, source: str | None) -> None:
         """Uses `pipeline` from the next prompt on. `source` says where the head comes from."""
-        before = getattr(self, "_setup", None)
-        needs = pipeline.needs & self.patch.provides
-        signals = self.patch.tower_signals(self.model, needs, head) if needs else None
-        self._setup = (pipeline, signals, source)  # in one step: other threads may be encoding
-        if before is not None and before[1] is not None:
-            before[1].remove()
+        if pipeline.needs & self.patch.provides:
+            self.patch.signal_layer(self.model, {})
+        self._setup = (pipeline, head, source)  # in one step: other threads may be encoding
 
     def remove(self) -> None:
         """Takes every hook and override off; the model is itself again. Does nothing the second time."""
@@ -87,11 +84,7 @@ class Engine:
             hook.remove()
         for override in self._overrides:
             override.remove()
-        if hasattr(self, "_setup"):
-            pipeline, signals, _ = self._setup
-            self._setup = (pipeline, None, None)
-            if signals is not None:
-                signals.remove()
+        self.tower.remove()
         self._hooks, self._overrides = [], []
 
     # -- the encoder -------------------------------------------------------------------------------------------------
@@ -99,19 +92,16 @@ class Engine:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
         self.patch.check_call(self.model, given)
+        pipeline, head, source = self._setup
+        needs = pipeline.needs & self.patch.provides
         recording: AbstractContextManager[dict[str, Any]] = nullcontext({})
-        while True:
-            pipeline, wanted, head = self._setup
-            if wanted is None:
-                break
+        if self.tower.wanted(needs, head):
             layer = self.patch.signal_layer(self.model, given)
-            if wanted.acquire():  # else another thread is switching
-                recording = wanted.recording(layer, self.trace.enabled)
-                break
+            recording = self.tower.recording(layer, needs, head, self.trace.enabled)
         with recording as signals:
             output = override.original(*args, **kwargs)
         seconds = signals.pop("seconds", 0.0)
-        encoding = Encoding(self.patch.encoded(self.model, given, signals), pipeline, head, seconds)
+        encoding = Encoding(self.patch.encoded(self.model, given, signals), pipeline, source, seconds)
         if not isinstance(output, tuple):
             output.vidcompress = encoding  # generate() encodes first and hands this object to the forward,
         self.local.encoding = encoding  # or a copy without the attribute (accelerate moves it to a device)

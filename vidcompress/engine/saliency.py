@@ -7,7 +7,6 @@ FlashAttention and no N x N matrix of all heads exists.
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,23 +20,20 @@ from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.ops import column_mean_attention
 from vidcompress.precision import full_precision
 
-_lock = threading.Lock()  # of this module, not of an object: models with hooks are copied and pickled
-
 
 class TowerSignals:
     """Hooks on the layers of a tower. They do nothing outside `recording`, so images pass untouched.
 
-    A subclass says which modules of a layer to watch, and what follows from what they were given and gave.
+    They stay on, whatever method is in force, until `remove`: torch modules cannot be given or relieved of hooks while
+    another thread calls them. A subclass says which modules of a layer to watch, and what follows from what was caught.
 
     Args:
         layers: encoder layers.
-        needs: which of `frame_features`, `saliency.head`, `saliency.received` to take.
     """
 
-    def __init__(self, layers: Any, needs: frozenset[str]) -> None:
-        self.layers, self.needs = layers, needs
+    def __init__(self, layers: Any) -> None:
+        self.layers = layers
         self._local = ThreadState()
-        self._users, self._retired = 0, False
         self._hooks = []
         for i, layer in enumerate(layers):
             for name, module in self.watched(layer).items():
@@ -45,98 +41,97 @@ class TowerSignals:
                 self._hooks.append(module.register_forward_hook(saw, with_kwargs=True))
 
     def watched(self, layer: Any) -> Mapping[str, nn.Module]:
-        """Modules of a layer to watch, by a name."""
+        """Modules of a layer that may be of interest, by a name."""
+        raise NotImplementedError
+
+    def wanted(self, needs: frozenset[str], head: SiglipHead | None) -> frozenset[str]:
+        """Which of these modules the signals `needs` follow from; none if the tower has nothing to do with them."""
         raise NotImplementedError
 
     def caught(self, name: str, kwargs: Mapping[str, Any], output: Any) -> Any:
         """What to remember of a watched module's call. The default is its output."""
         return (output[0] if isinstance(output, tuple) else output).detach()
 
-    def compute(self, layer: Any, caught: Mapping[str, Any]) -> dict[str, Tensor]:
+    def compute(
+        self, layer: Any, caught: Mapping[str, Any], needs: frozenset[str], head: SiglipHead | None
+    ) -> dict[str, Tensor]:
         """The signals [F, ...] that follow from what was caught of `layer`."""
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Takes the hooks off, once no thread records any more."""
-        with _lock:
-            self._retired = True
-            self._take_off()
-
-    def acquire(self) -> bool:
-        """Keeps the hooks on for one recording to come; False if they were removed."""
-        with _lock:
-            self._users += not self._retired
-            return not self._retired
-
-    def _take_off(self) -> None:
-        if self._retired and not self._users:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @contextmanager
-    def recording(self, layer: int, timed: bool) -> Iterator[dict[str, Any]]:
+    def recording(
+        self, layer: int, needs: frozenset[str], head: SiglipHead | None, timed: bool
+    ) -> Iterator[dict[str, Any]]:
         """While the body runs the tower, catch what is needed of layer `layer`; the yielded dict is filled at its end.
 
-        Besides the signals [F, ...] it then holds `seconds`, the time they took, if `timed`. `acquire` comes before it.
+        Besides the signals [F, ...] it then holds `seconds`, the time they took, if `timed`.
+
+        Args:
+            layer: index of the layer to look at.
+            needs: which of `frame_features`, `saliency.head`, `saliency.received` to take.
+            head: pooling head of a SigLIP, if there is one.
         """
         found: dict[str, Any] = {}
-        self._local.layer, self._local.caught = layer, {}
+        self._local.layer, self._local.wanted, self._local.caught = layer, self.wanted(needs, head), {}
         try:
             yield found
             start = time.perf_counter() if timed else 0.0
             with torch.no_grad():
-                signals = self.compute(self.layers[layer], self._local.caught)
-            found |= {name: value for name, value in signals.items() if name in self.needs}
+                signals = self.compute(self.layers[layer], self._local.caught, needs, head)
+            found |= {name: value for name, value in signals.items() if name in needs}
             if timed:
                 for device in {value.device for value in found.values()}:
                     synchronise(device)
                 found["seconds"] = time.perf_counter() - start
         finally:
-            self._local.layer = self._local.caught = None
-            with _lock:
-                self._users -= 1
-                self._take_off()
+            self._local.layer = self._local.wanted = self._local.caught = None
 
     def _saw(self, layer: int, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._local.layer == layer:
+        if self._local.layer == layer and name in self._local.wanted:
             self._local.caught[name] = self.caught(name, kwargs, output)
 
 
 class SiglipSignals(TowerSignals):
     """Of a SigLIP tower: `received` is the column mean of a layer's attention, `head` the pooling head's probe.
 
+    Without a head `saliency.head` is `received`, and there are no frame features.
+
     Args:
         layers: encoder layers with `self_attn.q_proj`, `.k_proj`, `.num_heads` and `.scale`.
-        needs: as in `TowerSignals`.
-        head: the pooling head; without it `saliency.head` is `received` and there are no frame features.
         pool: [F, patches] -> [F, P], as the features are pooled.
     """
 
-    def __init__(
-        self, layers: Any, needs: frozenset[str], head: SiglipHead | None, pool: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.head, self.pool = head, pool
-        self.uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
-        self.uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
-        super().__init__(layers, needs)
+    def __init__(self, layers: Any, pool: Callable[[Tensor], Tensor]) -> None:
+        self.pool = pool
+        super().__init__(layers)
 
     def watched(self, layer: Any) -> Mapping[str, nn.Module]:
-        attention = layer.self_attn
-        seen = {"output": layer} if self.uses_head else {}
-        return seen | ({"query": attention.q_proj, "key": attention.k_proj} if self.uses_received else {})
+        return {"output": layer, "query": layer.self_attn.q_proj, "key": layer.self_attn.k_proj}
 
-    def compute(self, layer: Any, caught: Mapping[str, Any]) -> dict[str, Tensor]:
+    def wanted(self, needs: frozenset[str], head: SiglipHead | None) -> frozenset[str]:
+        uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
+        uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
+        return frozenset(["output"] * uses_head + ["query", "key"] * uses_received)
+
+    def compute(
+        self, layer: Any, caught: Mapping[str, Any], needs: frozenset[str], head: SiglipHead | None
+    ) -> dict[str, Tensor]:
         signals = {}
-        if self.uses_received:
+        if "query" in caught:
             attention = layer.self_attn
             query, key = (caught[k].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for k in ("query", "key"))
             with full_precision(query.device):
                 received = self.pool(column_mean_attention(query, key, attention.scale))
             signals = {"saliency.received": received, "saliency.head": received}
         if "output" in caught:
-            assert self.head is not None
-            features, probe = self.head(caught["output"])
+            assert head is not None
+            features, probe = head(caught["output"])
             with full_precision(probe.device):
                 signals |= {"frame_features": features, "saliency.head": self.pool(probe)}
         return signals
@@ -152,23 +147,28 @@ class MergedPatchSignals(TowerSignals):
     Args:
         layers: blocks with `attn.qkv`, `attn.num_heads` and `attn.scaling`, called with `cu_seqlens` (one sequence a
             frame) and `position_embeddings`.
-        needs: as in `TowerSignals`.
         patches: m * m, how many patches in a row become a token.
     """
 
-    def __init__(self, layers: Any, needs: frozenset[str], patches: int) -> None:
+    def __init__(self, layers: Any, patches: int) -> None:
         self.patches = patches
-        super().__init__(layers, needs)
+        super().__init__(layers)
 
     def watched(self, layer: Any) -> Mapping[str, nn.Module]:
         return {"qkv": layer.attn.qkv, "call": layer.attn}
+
+    def wanted(self, needs: frozenset[str], head: SiglipHead | None) -> frozenset[str]:
+        saliency = needs - {"frame_features"}  # those are the means of the frames' tokens
+        return frozenset({"qkv", "call"} if saliency else ())
 
     def caught(self, name: str, kwargs: Mapping[str, Any], output: Any) -> Any:
         if name == "call":
             return kwargs["cu_seqlens"], kwargs["position_embeddings"]
         return super().caught(name, kwargs, output)
 
-    def compute(self, layer: Any, caught: Mapping[str, Any]) -> dict[str, Tensor]:
+    def compute(
+        self, layer: Any, caught: Mapping[str, Any], needs: frozenset[str], head: SiglipHead | None
+    ) -> dict[str, Tensor]:
         ends, (cos, sin) = caught["call"]
         query, key, _ = caught["qkv"].unflatten(-1, (3, layer.attn.num_heads, -1)).unbind(-3)  # [patches, H, D]
         query, key = (rotate(x.float(), cos.float()[:, None], sin.float()[:, None]).to(x.dtype) for x in (query, key))
@@ -179,10 +179,10 @@ class MergedPatchSignals(TowerSignals):
             here = slice(first, first := first + length * frames)
             q, k = (x[here].unflatten(0, (frames, length)).transpose(1, 2) for x in (query, key))  # [F, H, n, D]
             with full_precision(q.device):
-                if "saliency.received" in self.needs:
+                if "saliency.received" in needs:
                     received = column_mean_attention(q, k, layer.attn.scaling)
                     parts["saliency.received"].append(received.unflatten(1, (-1, self.patches)).mean(2).flatten())
-                if "saliency.head" in self.needs:
+                if "saliency.head" in needs:
                     mean, merged = q.float().mean(2), k.float().unflatten(2, (-1, self.patches)).mean(3)
                     logits = (merged @ mean[..., None])[..., 0] * layer.attn.scaling  # [F, H, P]
                     parts["saliency.head"].append(logits.softmax(-1).mean(1).flatten())

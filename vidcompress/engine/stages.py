@@ -32,7 +32,7 @@ class Stage:
         differs: whether it sees or finds stored other tokens than the stage before.
         rotary: (cos, sin) of its tokens; None if they are those that the decoder hands to the layers.
         own_mask: whether it needs another mask than the decoder hands to the layers.
-        mask: that mask, once a layer asked for it.
+        mask, masked: that mask, which may be None, and whether it was made.
         columns: [B, n] 0, 1, 2, ..: what the layers get as positions, which gappy ones would make look packed.
     """
 

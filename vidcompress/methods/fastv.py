@@ -21,5 +21,4 @@ class FastV(Method):
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         attention = tokens.signal("last_query_attention.previous")  # of layer K - 1, the mean over its heads
-        count = self.count(site, tokens.grid, tokens.entered, len(tokens))
-        return Reduction(ops.top_tokens(attention[None], count)[0].nonzero().squeeze(1), len(tokens))
+        return Reduction.pruning(ops.top_tokens(attention[None], self.wanted(tokens, site))[0])

@@ -74,18 +74,16 @@ class HieraVid(Method):
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         if site.stage == 0:
             return self._merge_runs(tokens)
-        x, n = tokens.features, len(tokens)
-        count = self.count(site, tokens.grid, tokens.entered, n)
+        x, count = tokens.features, self.wanted(tokens, site)
         # Relevance to the last instruction token (eq. 8); the softmax keeps the order.
         last = tokens.signal("last_text_hidden").double() / x.shape[1] ** 0.5
         logits = torch.cat([part.double() @ last for part in x.split(1024)])
         if site.stage == 1:
-            keep = ops.top_tokens(logits[None], count)[0].nonzero().squeeze(1)
-            return Reduction(keep, n)
+            return Reduction.pruning(ops.top_tokens(logits[None], count)[0])
         # Relevance-weighted DPP, each segment with its own budget (eq. 5, 9-11).
         sizes, counts = self._segment_budgets(tokens, site.stage, count)
         order = ops.dpp_map(x, _log_relevance(logits), sizes, counts, self.rank_eps, self.kernel)
-        return Reduction(order.sort().values, n, notes={"sizes": sizes, "budgets": counts})
+        return Reduction(order.sort().values, len(x), notes={"sizes": sizes, "budgets": counts})
 
     def _merge_runs(self, tokens: VideoTokens) -> Reduction:
         """Merge-ratio segmentation: tokens that are most like their predecessors are merged into it (eq. 1-3)."""

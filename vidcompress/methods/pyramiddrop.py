@@ -16,10 +16,7 @@ class PyramidDrop(Method):
     needs = frozenset({"last_query_attention"})
 
     retention_ratio: float = setting(
-        0.46875,
-        "mean fraction kept over four quarters of all layers; the first keeps all",
-        low=0.25,
-        high=1,
+        0.46875, "mean fraction kept over four quarters of all layers; the first keeps all", low=0.25, high=1
     )
     positions: Literal["keep", "renumber"] = setting("renumber", "survivors are numbered anew after every stage")
     layers: tuple[int, ...] | None = setting(None, "where it drops, ascending; null: after each quarter of them", low=0)
@@ -51,8 +48,7 @@ class PyramidDrop(Method):
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         attention = tokens.signal("last_query_attention")  # of this layer's own projections, the mean over its heads
-        count = self.count(site, tokens.grid, tokens.entered, len(tokens))
-        return Reduction(ops.top_tokens(attention[None], count)[0].nonzero().squeeze(1), len(tokens))
+        return Reduction.pruning(ops.top_tokens(attention[None], self.wanted(tokens, site))[0])
 
     def _ratios(self) -> tuple[float, ...]:
         q = decay_for(self.retention_ratio)

@@ -34,7 +34,7 @@ class TextAwareMerge(Method):
         attention = ops.minmax(tokens.signal("text_attention"))
         likeness = ops.minmax(ops.max_cosine(x, tokens.signal("text_hidden")))
         score = (1 - self.text_weight) * attention + self.text_weight * likeness
-        kept = ops.top_tokens(score[None], self.count(site, tokens.grid, tokens.entered, len(x)))[0]
+        kept = ops.top_tokens(score[None], self.wanted(tokens, site))[0]
         # 2. Each other token joins the kept token that it is most like; a group becomes its mean (eq. 10).
         keep, gone = kept.nonzero().squeeze(1), (~kept).nonzero().squeeze(1)
         joined = keep[ops.nearest(x[gone], x[keep], "cosine")]
