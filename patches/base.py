@@ -21,12 +21,13 @@ class EncodedVideo:
 
     Attributes:
         grid: (t, h, w) of its tokens for the decoder.
-        newlines: tokens that follow the video's own; they always stay.
+        line: how many of its tokens a newline token follows, each time; 0 if none does. A newline stays as long as a
+            token of its line does (docs/decisions.md, D5).
         signals: by name, what the tower was asked for: `frame_features` [t, F], saliency [t, h * w].
     """
 
     grid: Grid
-    newlines: int = 0
+    line: int = 0
     signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -34,6 +35,11 @@ class EncodedVideo:
         """The video's own tokens, newlines not counted."""
         t, h, w = self.grid
         return t * h * w
+
+    @property
+    def newlines(self) -> int:
+        """Newline tokens between and behind the video's own."""
+        return self.tokens // self.line if self.line else 0
 
     @property
     def placeholders(self) -> int:

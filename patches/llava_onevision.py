@@ -23,6 +23,10 @@ class LlavaOnevisionPatch(Patch):
         side = math.ceil((vision.image_size // vision.patch_size) / 2)  # 27 -> 14 for the real models
         return side, side
 
+    def newline_line(self, model: nn.Module, tokens: int) -> int:
+        """How many tokens of a video with so many a newline follows; 0 if none does."""
+        return tokens
+
     def encoded(
         self, model: nn.Module, arguments: Mapping[str, Any], signals: Mapping[str, Tensor]
     ) -> list[EncodedVideo]:
@@ -34,7 +38,7 @@ class LlavaOnevisionPatch(Patch):
         return [
             EncodedVideo(
                 grid=(frames, *frame),
-                newlines=1,
+                line=self.newline_line(model, frames * math.prod(frame)),
                 signals={name: s.view(videos, frames, -1)[v] for name, s in signals.items()},
             )
             for v in range(videos)

@@ -9,6 +9,7 @@ from vidcompress import patches
 from vidcompress.auto import AutoModelForImageTextToText, chosen
 from vidcompress.config import Compression, load
 from vidcompress.engine.handle import Handle, handle_of
+from vidcompress.models import register
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,10 +62,12 @@ def from_pretrained(
 def enable() -> None:
     """From now on every transformers class, Auto class and `pipeline(model_kwargs=...)` accepts `compression=...`.
 
-    `retention_ratio=...` beside it, too. Patches `PreTrainedModel.from_pretrained` once; `disable()` takes it back.
+    `retention_ratio=...` beside it, too. Patches `PreTrainedModel.from_pretrained` once; `disable()` takes it back. The
+    Auto classes also learn to load LLaVA-Video (`vidcompress.models`), which they do not forget.
     """
     from transformers import PreTrainedModel
 
+    register()
     original = PreTrainedModel.__dict__["from_pretrained"]
     if hasattr(original.__func__, "_vidcompress_original"):
         return

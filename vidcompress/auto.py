@@ -9,6 +9,7 @@ import transformers
 from vidcompress import patches
 from vidcompress.config import Compression, load
 from vidcompress.engine.handle import Handle
+from vidcompress.models import register
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -23,7 +24,7 @@ HUB_ARGUMENTS = (
 
 
 class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):
-    """Drop-in for `transformers.AutoModelForImageTextToText`."""
+    """Drop-in for `transformers.AutoModelForImageTextToText`, which also knows the models of `vidcompress.models`."""
 
     @classmethod
     def from_pretrained(
@@ -39,6 +40,7 @@ class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):
         Raises ValueError for bad settings or a backbone without a patch before any weight is read, and for a
         SigLIP head that does not fit after that.
         """
+        register()
         method = chosen(compression, retention_ratio)
         if method is not None:
             config = kwargs.get("config")

@@ -252,7 +252,9 @@ def _load_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from vidcompress import patches
+    from vidcompress.models import register
 
+    register()
     with err.status(f"loading {name}"):
         config = AutoConfig.from_pretrained(name)
         patches.find(config)  # an unsupported backbone is refused before its weights are read

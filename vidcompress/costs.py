@@ -129,6 +129,9 @@ def dimensions(model: str | os.PathLike) -> Dimensions:
         )
     from transformers import AutoConfig
 
+    from vidcompress.models import register
+
+    register()
     return Dimensions.of(AutoConfig.from_pretrained(name))
 
 

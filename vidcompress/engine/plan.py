@@ -65,6 +65,8 @@ class Followed:
         video: what was encoded.
         places: [M] its columns in the sequence as it stands.
         index: [M] their places in the grid.
+        newlines: [K] columns of its newlines.
+        lines: [K] the line of tokens that each of them ends.
         entered: how many tokens of it entered the LLM.
         notes: what each method of the pipeline noted about it, by the method's `id`.
     """
@@ -74,8 +76,30 @@ class Followed:
     video: EncodedVideo
     places: Tensor
     index: Tensor
+    newlines: Tensor
+    lines: Tensor
     entered: int
     notes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def ends(self, keep: Tensor) -> Tensor:
+        """[K] bool: which newlines stay beside the tokens `keep`, those whose line keeps one (D5)."""
+        if len(self.newlines) < 2:
+            return torch.ones_like(self.newlines, dtype=torch.bool)
+        alive = torch.zeros(self.video.newlines, dtype=torch.bool, device=self.lines.device)
+        alive[self.index[keep] // self.video.line] = True
+        return alive[self.lines]
+
+    def reduce(self, keep: Tensor) -> None:
+        """Goes on with the tokens `keep`, and their lines' newlines."""
+        if len(self.newlines) > 1:
+            stay = self.ends(keep)
+            self.newlines, self.lines = self.newlines[stay], self.lines[stay]
+        self.places, self.index = self.places[keep], self.index[keep]
+
+    def to(self, device: torch.device) -> None:
+        """Moves along to another device."""
+        for name in ("places", "index", "newlines", "lines"):
+            setattr(self, name, getattr(self, name).to(device))
 
 
 @dataclass
@@ -165,9 +189,9 @@ class Plan:
             reduction, new = shared[video.number]
             video.notes[id(method)] = {**video.notes.get(id(method), {}), **reduction.notes}
             self.taken.append((video.row, video.places, reduction))
-            stays[video.row, video.places] = False
-            video.places, video.index = video.places[reduction.keep], video.index[reduction.keep]
-            stays[video.row, video.places] = True
+            stays[video.row, video.places] = stays[video.row, video.newlines] = False
+            video.reduce(reduction.keep)
+            stays[video.row, video.places] = stays[video.row, video.newlines] = True
             if view is None:
                 video.entered = len(reduction)
             if new is not None:
@@ -213,9 +237,14 @@ class Plan:
                     f"videos ({[v.placeholders for v in videos]} placeholders each); a truncated prompt?"
                 )
             video = videos[following]
-            mine, _, places = places.tensor_split([video.tokens, video.placeholders])
+            mine, places = places.tensor_split([video.placeholders])
+            own, newlines = mine, mine[:0]
+            if video.line:
+                lines = mine.view(-1, video.line + 1)
+                own, newlines = lines[:, :-1].flatten(), lines[:, -1]
             index = torch.arange(video.tokens, device=mine.device)
-            self.followed.append(Followed(row, following, video, mine, index, video.tokens))
+            line = torch.arange(video.newlines, device=mine.device)
+            self.followed.append(Followed(row, following, video, own, index, newlines, line, video.tokens))
             following += 1
         return following
 
@@ -261,7 +290,7 @@ class Plan:
         row, column = shorter.mask.nonzero(as_tuple=True)
         moved[row, index[row, column]] = column
         for video in self.followed:
-            video.places = moved[video.row, video.places]
+            video.places, video.newlines = moved[video.row, video.places], moved[video.row, video.newlines]
         self.text = [moved[row, columns] for row, columns in enumerate(self.text)]
         self.last = [moved[row, column] for row, column in enumerate(self.last)]
         return shorter, index
@@ -269,7 +298,7 @@ class Plan:
     def _to(self, device: torch.device) -> None:
         """Moves along with a decoder that is spread over devices."""
         for video in self.followed:
-            video.places, video.index = video.places.to(device), video.index.to(device)
+            video.to(device)
         self.text, self.last = [t.to(device) for t in self.text], [t.to(device) for t in self.last]
 
     # -- one video at one site ---------------------------------------------------------------------------------------
@@ -291,7 +320,7 @@ class Plan:
             grid=video.video.grid,
             before=len(features),
             after=len(reduction),
-            newlines=video.video.newlines,
+            newlines=int(video.ends(reduction.keep).sum()),
             seconds=time.perf_counter() - start,
             reduction=reduction,
         )
