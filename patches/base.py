@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vidcompress.tokens import Grid
 
 if TYPE_CHECKING:
+    from vidcompress.engine.hooks import Engine
+    from vidcompress.engine.overrides import Override
     from vidcompress.engine.saliency import TowerSignals
 
 
@@ -108,6 +110,41 @@ class Patch:
             signals: by name, [F, ...] for all frames of all videos together.
         """
         raise NotImplementedError
+
+    def overrides(self, model: nn.Module, engine: Engine) -> list[Override]:
+        """Stand-ins for methods of the model by which the engine learns of videos and of generate()."""
+        from vidcompress.engine.overrides import Generate, GetVideoFeatures, NoAutoCompile, PlainMasks
+
+        found: list[Override] = [GetVideoFeatures(self.base(model), engine)]
+        if hasattr(type(model), "generate"):
+            found += [cls(model, engine) for cls in (Generate, PlainMasks, NoAutoCompile)]
+        return found
+
+    def new_cache(self, decoder: Any) -> Any:
+        """The KV cache that the decoder makes when it is given none."""
+        from transformers.cache_utils import DynamicCache
+
+        return DynamicCache(config=decoder.config)
+
+    def causal_mask(self, decoder: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
+        """The mask that a decoder layer takes.
+
+        Args:
+            hidden: [B, L, C] the layer's input.
+            mask: [B, stored + L] bool of real tokens; None if all are.
+            cache: the KV cache, or None.
+            layer: index of the layer.
+        """
+        from transformers.masking_utils import create_causal_mask
+
+        return create_causal_mask(
+            config=decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=cache,
+            position_ids=None,
+            layer_idx=layer,
+        )
 
     def tower_signals(self, model: nn.Module) -> TowerSignals:
         """What takes signals out of the vision tower while it runs, with its hooks on."""

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.vision_utils import get_vision_window_index
 from vidcompress.patches.base import EncodedVideo, Patch
 
 from vidcompress.engine.saliency import MergedPatchSignals, TowerSignals
@@ -39,6 +38,8 @@ class Qwen2VLPatch(Patch):
         config = self.vision_config(model)
         merge = config.spatial_merge_size
         if signals and hasattr(config, "fullatt_block_indexes"):
+            from transformers.vision_utils import get_vision_window_index
+
             order, _ = get_vision_window_index(grids, merge, config.window_size, config.patch_size)
             back = order.argsort()
             signals = {name: s[back.to(s.device)] for name, s in signals.items()}

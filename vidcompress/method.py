@@ -86,6 +86,10 @@ class Method:
             return self.budget(grid)
         return min(before, max(1, floor(self.retention_ratio * before)))
 
+    def on(self, model_type: str) -> Method:
+        """This method as a model of that type needs it; itself unless a subclass says otherwise."""
+        return self
+
     def wanted(self, tokens: VideoTokens, site: Site) -> int:
         """`count` for the tokens that reached `site`."""
         return self.count(site, tokens.grid, tokens.entered, len(tokens))
@@ -168,6 +172,10 @@ class Pipeline:
     def needs(self) -> frozenset[str]:
         """Every signal some method needs."""
         return frozenset().union(*(m.needs for m in self.methods))
+
+    def on(self, model_type: str) -> Pipeline:
+        """Its methods, each as a model of that type needs it."""
+        return Pipeline(method.on(model_type) for method in self.methods)
 
     def stages(self, depth: int = DEPTH) -> dict[Site, Method]:
         """The method at every site of an LLM of `depth` decoder layers, in the order of the layers.

@@ -108,13 +108,13 @@ class LogicalLength:
     """Mixed in front of a cache's own class; `vidcompress_state` is the compressed prefix, or None."""
 
     vidcompress_state: CacheState | None = None
-    layers: list[Any]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The caller's length."""
         stored = super().get_seq_length(layer_idx)  # type: ignore[misc]
         state = self.vidcompress_state
-        if state is None or not self.layers or not self.layers[0].is_initialized:
+        layers = getattr(self, "layers", None)  # transformers 4 has none
+        if state is None or (layers is not None and not (layers and layers[0].is_initialized)):
             return stored
         return stored + state.removed(layer_idx)
 

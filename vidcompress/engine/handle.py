@@ -44,7 +44,7 @@ class Handle:
         self._patch.check(model)
         self._heads: dict[str, SiglipHead] = {}
         self._named: str | None = None
-        self.compression: Pipeline = Pipeline.of(compression)
+        self.compression: Pipeline = Pipeline.of(compression).on(getattr(model.config, "model_type", ""))
         self._check(self.compression)
         head, source = self._head(self.compression)
         self._engine = Engine(model, self._patch, self.trace)
@@ -63,7 +63,7 @@ class Handle:
         """
         if not self.active:
             raise ValueError("this handle was removed; apply the compression anew")
-        pipeline = Pipeline.of(load(compression, **settings))
+        pipeline = Pipeline.of(load(compression, **settings)).on(self.model.config.model_type)
         self._check(pipeline)
         self._engine.configure(pipeline, *self._head(pipeline))
         self.compression = pipeline

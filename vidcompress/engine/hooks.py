@@ -18,17 +18,17 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from vidcompress.engine import sequence
 from vidcompress.engine.cache import commit, state_of
 from vidcompress.engine.context import ThreadState
-from vidcompress.engine.overrides import Generate, GetVideoFeatures, NoAutoCompile, Override, PlainMasks, refuse_mask
+from vidcompress.engine.overrides import Override, refuse_mask
 from vidcompress.engine.plan import Encoding, Pending, Plan
 from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.engine.stages import Running
@@ -56,9 +56,11 @@ class Engine:
         self.tower = patch.tower_signals(model)
         self._base_signature = inspect.signature(type(self.base).forward)
         before, after = {"with_kwargs": True}, {"always_call": True}
-        self._hooks = [
-            self.base.register_forward_pre_hook(self._base_before, **before),
-            self.base.register_forward_hook(self._base_after, **after),
+        self._hooks = []
+        if self.base is not self.decoder:
+            self._hooks.append(self.base.register_forward_pre_hook(self._base_before, **before))
+            self._hooks.append(self.base.register_forward_hook(self._base_after, **after))
+        self._hooks += [
             self.decoder.register_forward_pre_hook(self._decoder_before, **before),
             self.decoder.register_forward_hook(self._decoder_after, **after),
             self.decoder.rotary_emb.register_forward_pre_hook(self._rotary_before, **before),
@@ -66,9 +68,7 @@ class Engine:
         self._layers = list(self.decoder.layers)
         for i, layer in enumerate(self._layers):
             self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._layer_before, i), **before))
-        self._overrides: list[Override] = [GetVideoFeatures(self.base, self)]
-        if hasattr(type(model), "generate"):
-            self._overrides += [cls(model, self) for cls in (Generate, PlainMasks, NoAutoCompile)]
+        self._overrides = patch.overrides(model, self)
         for override in self._overrides:
             override.install()
 
@@ -91,6 +91,21 @@ class Engine:
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
+        output, encoding = self.record(given, lambda: override.original(*args, **kwargs))
+        if not isinstance(output, tuple):
+            output.vidcompress = encoding  # generate() encodes first and hands this object to the forward,
+        self.local.encoding = encoding  # or a copy without the attribute (accelerate moves it to a device)
+        if self.local.pending is not None:
+            self.local.pending.encoding = encoding
+        return output
+
+    def record(self, given: Mapping[str, Any], encode: Callable[[], Any]) -> tuple[Any, Encoding]:
+        """What `encode` gives, and what its videos are and the tower said of them.
+
+        Args:
+            given: arguments of the call that encodes videos, by name.
+            encode: makes that call.
+        """
         self.patch.check_call(self.model, given)
         pipeline, head, source = self._setup
         needs = pipeline.needs & self.patch.provides
@@ -99,15 +114,9 @@ class Engine:
             layer = self.patch.signal_layer(self.model, given)
             recording = self.tower.recording(layer, needs, head, self.trace.enabled)
         with recording as signals:
-            output = override.original(*args, **kwargs)
+            output = encode()
         seconds = signals.pop("seconds", 0.0)
-        encoding = Encoding(self.patch.encoded(self.model, given, signals), pipeline, source, seconds)
-        if not isinstance(output, tuple):
-            output.vidcompress = encoding  # generate() encodes first and hands this object to the forward,
-        self.local.encoding = encoding  # or a copy without the attribute (accelerate moves it to a device)
-        if self.local.pending is not None:
-            self.local.pending.encoding = encoding
-        return output
+        return output, Encoding(self.patch.encoded(self.model, given, signals), pipeline, source, seconds)
 
     # -- the base model ----------------------------------------------------------------------------------------------
     def _base_before(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -177,18 +186,20 @@ class Engine:
         if pending is None and state is None:
             return None
         refuse_mask(kwargs.get("attention_mask"))
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = decoder.embed_tokens(kwargs.pop("input_ids"))
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens, following = sequence.read(kwargs, past, state, self.patch.rotary_axes)
         plan = None
         if pending is not None:
-            plan = Plan.make(tokens, pending, len(decoder.layers), self.trace.enabled)
+            plan = Plan.make(tokens, pending.for_rows(len(tokens.mask)), len(decoder.layers), self.trace.enabled)
             self._refuse_checkpointing(decoder, plan)
         use_cache = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+            cache = kwargs["past_key_values"] = self.patch.new_cache(decoder)
         batch, length = tokens.mask.shape
         whole = kwargs.get("attention_mask") is None and batch == 1
-        running = Running(decoder, cache, length, past, following, whole, plan, state)
+        running = Running(decoder, cache, length, past, following, whole, plan, state, self.patch.causal_mask)
         if running.has_inner_sites:
             self._refuse_replaced_layers(decoder)
         tokens = running.begin(tokens)
@@ -197,6 +208,9 @@ class Engine:
         if state is not None or running.changed:
             kwargs["inputs_embeds"] = tokens.embeds
             kwargs["attention_mask"] = None if whole else tokens.full_mask
+            if "cache_position" in kwargs:  # of transformers 4, which builds its masks by it
+                stored = tokens.past_mask.shape[1]
+                kwargs["cache_position"] = torch.arange(stored, stored + tokens.length, device=tokens.mask.device)
             kwargs["position_ids"] = tokens.position_ids
             if running.changed:
                 kwargs["position_ids"] = torch.arange(tokens.length, device=tokens.mask.device).expand(batch, -1)

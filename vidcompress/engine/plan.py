@@ -55,6 +55,14 @@ class Pending:
     encoding: Encoding | None
     limit: int
 
+    def for_rows(self, batch: int) -> Pending:
+        """The same after generate() repeated every row for beams and return sequences."""
+        times = batch // len(self.where)
+        if times == 1:
+            return self
+        images = None if self.images is None else self.images.repeat_interleave(times, 0)
+        return replace(self, where=self.where.repeat_interleave(times, 0), images=images)
+
 
 @dataclass
 class Followed:

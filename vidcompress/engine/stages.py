@@ -6,12 +6,12 @@ from the second stage on, hidden states, rotary tables, mask and positions are t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from vidcompress.engine import sequence
 from vidcompress.engine.cache import CachedPrefix, CacheState
@@ -65,6 +65,7 @@ class Running:
         whole: whether no mask was given, nor is one needed.
         plan: what is to become of the videos in this forward, if there are any.
         state: the cache's compressed prefix, if there is one.
+        causal_mask: makes a layer's mask (`Patch.causal_mask`).
         stages: those that were entered; the first is what the decoder itself sees.
         changed: whether anything was removed or merged.
         placed: whether the rotary embedding got the true positions.
@@ -78,6 +79,7 @@ class Running:
     whole: bool
     plan: Plan | None
     state: CacheState | None
+    causal_mask: Callable[..., Any]
     stages: list[Stage] = field(default_factory=list)
     changed: bool = False
     placed: bool = False
@@ -229,14 +231,8 @@ class Running:
     def _mask(self, stage: Stage, hidden: Tensor) -> Any:
         """The attention mask of a stage, made once."""
         if not stage.masked:
-            stage.mask = create_causal_mask(
-                config=self.decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=None if self.whole else stage.tokens.full_mask,
-                past_key_values=self.cache,
-                position_ids=None,
-                layer_idx=stage.start,
-            )
+            mask = None if self.whole else stage.tokens.full_mask
+            stage.mask = self.causal_mask(self.decoder, hidden, mask, self.cache, stage.start)
             stage.masked = True
         return stage.mask
 

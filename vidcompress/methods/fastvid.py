@@ -1,19 +1,33 @@
 """FastVID: dynamic density pruning (Shen et al., NeurIPS 2025, arXiv:2503.11187), the LLaVA-OneVision rule.
 
 A video is cut into segments of similar frames. In every frame the most attended tokens stay as they are; the others of
-a segment are merged into density-peak anchors in every fourth frame.
+a segment are merged into density-peak anchors in every fourth frame. `official` reproduces the official code of the
+backbone instead (`variant`; docs/decisions.md, D25-D26), whatever `remainder` and `dispatch` say. OneVision's and
+Qwen's lose tokens, so that `budget` is the most they keep; where the code stops, this goes on: a segment can do without
+anchors, or without salient tokens, and LLaVA-Video's anchors that a frame cannot hold are placed by D8.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vidcompress.method import Method, floor, setting
-from vidcompress.ops import anchor_budgets, anchor_merge, density_peaks, segment_frames, top_tokens
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.ops import anchor_budgets, anchor_merge, apportion, density_peaks, segment_frames, top_tokens
+from vidcompress.tokens import Reduction, Site, VideoTokens
+
+Variant = Literal["onevision", "llava_video", "qwen2_5_vl"]
+VARIANTS: dict[str, Variant] = {"llava_onevision": "onevision"}
+VARIANTS |= dict.fromkeys(("llava_video", "llava_qwen"), "llava_video")
+VARIANTS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), "qwen2_5_vl")
+"""The variant for a model, by its `model_type`."""
+
+Merge = tuple[Tensor, list[Tensor]]
+"""Members, and the anchors of every frame that they join."""
 
 
 @dataclass(kw_only=True)
@@ -33,70 +47,102 @@ class FastVID(Method):
     dispatch: Literal["official", "length"] = setting(
         "official", "a frame merges within itself if its anchor count equals d's share, or if its segment is one frame"
     )
+    official: bool = setting(False, "reproduce the official code of the backbone, its lost tokens included")
+    variant: Literal["auto", Variant] = setting("auto", "whose code `official` reproduces; auto: the model's own")
+    dyseg_ignore: float = setting(0.95, "official Qwen code only: of a run of frames this similar, the last counts")
     density_ties: Literal["index", "strict"] = setting("index", "which of two equally dense tokens counts as denser")
     siglip_head: str | None = setting("auto", "SigLIP checkpoint of the pooling head: folder, file, hub id, auto, none")
 
     @property
     def exact(self) -> bool:
-        return self.remainder == "exact"
+        return self.variant == "llava_video" if self.official else self.remainder == "exact"
+
+    def on(self, model_type: str) -> FastVID:
+        if not self.official or self.variant != "auto":
+            return self
+        if model_type not in VARIANTS:
+            known = ", ".join(VARIANTS)
+            raise ValueError(f"fastvid: no official code for {model_type!r} (only for {known}); set `variant`")
+        return replace(self, variant=VARIANTS[model_type])
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
+        if self.official and self.variant == "auto":
+            raise ValueError("fastvid: official=True with variant='auto': set `variant`, or apply it to a model")
         t, h, w = tokens.grid
         x, p = tokens.frames, h * w  # [T, P, C]
         # 1. Segments of similar frames (DySeg).
-        segments = segment_frames(tokens.signal("frame_features"), self.dyseg_c, self.dyseg_tau)
+        seen = tokens.signal("frame_features")
+        segments = segment_frames(seen, self.dyseg_c, self.dyseg_tau)
         # 2. Budgets: salient tokens of every frame, anchors of every anchor frame.
-        salient_count, anchor_count = self._budgets(tokens.grid, segments)
+        salient_count, anchor_count = self._budgets(p, segments, seen)
         # 3. The most attended tokens of every frame stay unchanged (ATS).
         attention = tokens.signal("saliency.head").view(t, p)
         salient = top_tokens(attention, torch.tensor(salient_count))  # [T, P]
         # 4. Density peaks of the anchor frames (DTM).
-        own = [f for f, m in enumerate(anchor_count) if m]
-        frames = torch.tensor(own, device=x.device, dtype=torch.long)
-        counts = torch.tensor([anchor_count[f] for f in own], device=x.device)
+        counts = torch.tensor(anchor_count, device=x.device)
+        frames = counts.nonzero().squeeze(1)
         score = density_peaks(x[frames], ~salient[frames], self.neighbours, self.density_ties)
         anchor = torch.zeros_like(salient)
-        anchor[frames] = top_tokens(score, counts)
+        anchor[frames] = top_tokens(score, counts[frames])
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.
         index = torch.arange(t * p, device=x.device).view(t, p)
         triplets = []
-        for start, end in segments:
-            together = []
-            for f in range(start, end):
-                if not anchor_count[f]:
-                    continue
-                if self._within_frame(anchor_count[f], end - start, p):
-                    triplets.append(
-                        anchor_merge(tokens.features, index[f][~salient[f]], [index[f][anchor[f]]], self.beta)
-                    )
-                else:
-                    together.append(index[f][anchor[f]])
-            if together:
-                members = index[start:end][~salient[start:end]]
-                triplets.append(anchor_merge(tokens.features, members, together, self.beta))
-        keep = index[salient | anchor]
+        for span in (slice(start, end) for start, end in segments):
+            for members, anchors in self._merges(index[span], ~salient[span], anchor[span], anchor_count[span]):
+                triplets.append(anchor_merge(tokens.features, members, anchors, self.beta))
         notes = {"segments": segments, "salient": salient_count, "anchors": anchor_count}
-        return Reduction.merging(keep, t * p, triplets, notes)
+        return Reduction.merging(index[salient | anchor], t * p, triplets, notes)
 
-    def _budgets(self, grid: Grid, segments: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    def _budgets(self, p: int, segments: list[tuple[int, int]], seen: Tensor) -> tuple[list[int], list[int]]:
         """Salient tokens and anchors of every frame."""
-        t, p = grid[0], grid[1] * grid[2]
-        per_frame, context = self._per_frame(p)
-        if self.remainder == "exact":
+        t, (per_frame, context) = len(seen), self._per_frame(p)
+        if self.remainder == "exact" and not self.official:
             lengths = [end - start for start, end in segments]
             return anchor_budgets(segments, p, t * per_frame, per_frame - context, lengths, self.anchor_interval)
-        anchors = [0] * t
+        salient, anchors = [per_frame - context] * t, [0] * t
         for start, end in segments:
-            own = [f for f in range(start, end) if (end - 1 - f) % self.anchor_interval == 0]
+            if self.official and self.variant != "onevision":
+                salient[start:end], anchors[start:end] = self._segment_budgets(p, seen[start:end])
+                continue
+            own = range(start, end)[:: -self.anchor_interval]
             for f in own:
                 anchors[f] = min(context * (end - start) // len(own), p - per_frame + context)
-        return [per_frame - context] * t, anchors
+        return salient, anchors
+
+    def _segment_budgets(self, p: int, seen: Tensor) -> tuple[list[int], list[int]]:
+        """Those of one segment, shared out among its frames (D25); on Qwen among the last frames of its runs (D26)."""
+        qwen, length = self.variant == "qwen2_5_vl", len(seen)
+        frames = [end - 1 for _, end in segment_frames(seen, 1, self.dyseg_ignore)] if qwen else list(range(length))
+        own = frames[:: -self.anchor_interval]
+        total = length * self._per_frame(p)[0]
+        context = max(floor(total * self.context_share), int(qwen))
+        salient, anchors = [0] * length, [0] * length
+        for f, share in zip(own, apportion(context, [1] * len(own), [context] * len(own)), strict=True):
+            anchors[f] = min(share, p // 2) if qwen and length > 1 else share
+        rest, n = total - context, len(frames)
+        for f, share in zip(frames, apportion(rest, [1] * n, [rest] * n), strict=True):
+            salient[f] = min(share, p - anchors[f]) if qwen else share
+        if any(s + a > p for s, a in zip(salient, anchors, strict=True)):  # where the code for LLaVA-Video stops
+            return anchor_budgets([(0, length)], p, total, rest // length, [1], self.anchor_interval)
+        return salient, anchors
 
     def _per_frame(self, positions: int) -> tuple[int, int]:
         """Tokens kept of a frame on average, and how many of them are merged context."""
         kept = max(1, floor(self.retention_ratio * positions))
         return kept, floor(kept * self.context_share)
 
-    def _within_frame(self, anchors: int, length: int, positions: int) -> bool:
-        """Whether a frame's anchors take only its own tokens."""
-        return length == 1 or (self.dispatch == "official" and anchors == self._per_frame(positions)[1])
+    def _merges(self, index: Tensor, free: Tensor, anchor: Tensor, counts: list[int]) -> Iterator[Merge]:
+        """Those of one segment, from [L, P] indices, which of them are not salient, and which are anchors."""
+        context, together = self._per_frame(index.shape[1])[1], []
+        for f in [f for f, count in enumerate(counts) if count]:
+            own = index[f][anchor[f]]
+            if self.official and self.variant != "onevision":
+                others = free.clone()
+                others[f] &= ~anchor[f]
+                yield index[others], [own]
+            elif len(counts) == 1 or (counts[f] == context and (self.official or self.dispatch == "official")):
+                yield index[f][free[f]], [own]
+            else:
+                together.append(own)
+        if together:
+            yield index[free], together
