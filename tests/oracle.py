@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny import SPECIAL, video_grid
+from tiny import SPECIAL
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -96,8 +96,8 @@ class Answer:
 
 @dataclass
 class Video:
-    """One video of a prompt: the caller's columns of its tokens (the newline is none), what the tower says of it, and
-    the decisions made so far, by layer (-1 for the projector).
+    """One video of a prompt: the caller's columns of its tokens and of its newlines, each of which ends as many tokens,
+    what the tower says of it, and the decisions made so far, by layer (-1 for the projector).
     """
 
     columns: Tensor
@@ -105,6 +105,7 @@ class Video:
     signals: Mapping[str, Tensor]
     decided: dict[int, Reduction] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    newlines: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def index(self, layer: int) -> Tensor:
         """[M] places in the grid of the tokens that are left behind the site at `layer`."""
@@ -113,6 +114,13 @@ class Video:
             if site <= layer:
                 index = index[self.decided[site].keep]
         return index
+
+    def left(self, layer: int) -> Tensor:
+        """Columns of the tokens that are left behind the site at `layer`, and of the newlines of their lines."""
+        index = self.index(layer)
+        line = len(self.columns) // max(1, len(self.newlines))
+        with_token = torch.isin(torch.arange(len(self.newlines)), index // line)
+        return torch.cat([self.columns[index], self.newlines[with_token]])
 
 
 @dataclass
@@ -129,8 +137,8 @@ class Turn:
         stays = torch.ones(self.end, dtype=torch.bool)
         stays[: self.begin] = False
         for video in self.videos:
-            stays[video.columns] = False
-            stays[video.columns[video.index(layer)]] = True
+            stays[video.columns] = stays[video.newlines] = False
+            stays[video.left(layer)] = True
         return stays.nonzero().squeeze(1)
 
     def positions(self, said: Tensor, layer: int, closed: Tensor | int) -> Tensor:
@@ -195,7 +203,7 @@ def shorten(
 
 
 def read_llava(model: Any, inputs: Inputs, signals: Sequence[Mapping[str, Tensor]] | None = None) -> Said:
-    """A prompt of LLaVA-OneVision."""
+    """A prompt of LLaVA-OneVision or LLaVA-Video."""
     embeds = embedded(model, inputs)
     return Said(embeds, torch.arange(embeds.shape[1] + 1)[None], find_videos(model, inputs, signals))
 
@@ -220,8 +228,25 @@ def find_videos(model: Any, inputs: Inputs, signals: Sequence[Mapping[str, Tenso
     pixels = inputs["pixel_values_videos"]
     signals = tower_signals(model, pixels) if signals is None else signals
     places = (inputs["input_ids"][0] == model.config.video_token_id).nonzero().view(len(pixels), -1)
-    grid = video_grid(pixels.shape[1], pixels.shape[-1])
-    return [Video(place[:-1], grid, seen) for place, seen in zip(places, signals)]
+    grid, newline = layout(model, pixels)
+    return [Video(place[~newline], grid, seen, newlines=place[newline]) for place, seen in zip(places, signals)]
+
+
+def layout(model: Any, pixels: Tensor) -> tuple[tuple[int, int, int], Tensor]:
+    """(t, h, w) of a video's tokens, and which of its places [..] hold a newline."""
+    config, frames = model.config, pixels.shape[1]
+    patches = pixels.shape[-1] // config.vision_config.patch_size
+    side = patches // 2
+    if getattr(config, "mm_spatial_pool_mode", "bilinear") == "bilinear":
+        side = -(-patches // 2)
+    row, frame = [False] * side, [False] * side**2
+    places = {
+        "grid": [*row, True] * side * frames,
+        "frame": [*frame, True] * frames,
+        "one_token": [*frame * frames, True],
+        "no_token": frame * frames,
+    }[getattr(config, "mm_newline_position", "one_token")]
+    return (frames, side, side), torch.tensor(places)
 
 
 @torch.no_grad()
@@ -287,10 +312,9 @@ def assemble(said: Said, turns: Sequence[Turn]) -> Prompt:
 
 
 def video_features(model: Any, pixels: Tensor) -> Tensor:
-    """[videos, tokens + 1, C], the newline last."""
+    """[videos, tokens and newlines, C]"""
     features = model.model.get_video_features(pixels, return_dict=True).pooler_output
-    t, h, w = video_grid(pixels.shape[1], pixels.shape[-1])
-    if features.shape[1] == t * h * w:  # before transformers 5.18 the forward appends the newline
+    if features.shape[1] < len(layout(model, pixels)[1]):  # before transformers 5.18 the forward appends the last one
         newline = model.model.image_newline.expand(len(pixels), 1, -1)
         features = torch.cat([features, newline], 1)
     return features
@@ -321,7 +345,8 @@ def tower_signals(model: Any, pixels: Tensor, layer: int = -1) -> list[dict[str,
     tower.set_attn_implementation("eager")
     attention = tower(pixels.flatten(0, 1), output_attentions=True).attentions[layer]  # [F, heads, patches, patches]
     received = model.model.apply_pooling(attention.mean((1, 2))[..., None]).view(videos, -1)
-    means = video_features(model, pixels)[:, :-1].unflatten(1, (frames, -1)).mean(2)
+    _, newline = layout(model, pixels)
+    means = video_features(model, pixels)[:, ~newline].unflatten(1, (frames, -1)).mean(2)
     return [
         {"frame_features": means[v], "saliency.head": received[v], "saliency.received": received[v]}
         for v in range(videos)

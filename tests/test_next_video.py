@@ -61,11 +61,8 @@ def test_received_is_what_patches_receive_in_the_selected_layer():
     model.model.get_video_features(pixels)
     received = seen[0].mean((1, 2))[:, 1:].view(len(pixels[0]), 1, 4, 4)  # the class token's row counts
     expected = functional.avg_pool2d(received, 2).flatten(1)
-    with vidcompress.apply(model, METHODS["infomerge"]()) as handle:
-        encoding = handle._engine.record(
-            {"pixel_values_videos": pixels}, lambda: model.model.get_video_features(pixels)
-        )
-    signals = encoding[1].videos[0].signals
+    with vidcompress.apply(model, METHODS["infomerge"]()):
+        signals = model.model.get_video_features(pixels).vidcompress.videos[0].signals
     torch.testing.assert_close(signals["saliency.head"], expected, rtol=1e-4, atol=1e-7)
     assert "frame_features" not in signals  # the mean of each frame's tokens stands in
 

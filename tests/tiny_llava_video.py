@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tiny import FRAMES, IMAGE, IMAGE_SIZE, PAD, VIDEO, Text, left_padded, llava, llava_inputs, randomise
+from tiny import FRAMES, IMAGE, IMAGE_SIZE, PAD, VIDEO, Text, image_length, left_padded, llava, llava_inputs, randomise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
@@ -44,13 +44,12 @@ def llava_video(
 
 
 def video_inputs(model: Any, texts: Sequence[Text], frames: int = FRAMES, seed: int = 0) -> dict[str, Tensor]:
-    """Arguments for `model(**inputs)`, of prompts with videos only: as `tiny.llava_inputs`."""
-    config = model.config
-    side = pooled_side(config.vision_config.image_size // config.vision_config.patch_size, config.mm_spatial_pool_mode)
-    count = placeholders(frames, side, config.mm_newline_position)
-    rows = [[i for x in text for i in ([VIDEO] * count if x == "V" else [x])] for text in texts]
-    inputs = llava_inputs(texts, frames, seed, image_size=config.vision_config.image_size)
-    return inputs | left_padded(rows)
+    """Arguments for `model(**inputs)` and `model.generate(**inputs)`: as `tiny.llava_inputs`."""
+    config, size = model.config, model.config.vision_config.image_size
+    side = pooled_side(size // config.vision_config.patch_size, config.mm_spatial_pool_mode)
+    places = {"V": [VIDEO] * placeholders(frames, side, config.mm_newline_position), "I": [IMAGE] * image_length(size)}
+    rows = [[i for x in text for i in (places[x] if isinstance(x, str) else [x])] for text in texts]
+    return llava_inputs(texts, frames, seed, image_size=size) | left_padded(rows)
 
 
 def original_name(name: str) -> str:

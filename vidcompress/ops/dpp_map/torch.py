@@ -16,9 +16,12 @@ is solved by itself, without its kernel."""
 KERNEL_ELEMENTS = 16 << 20
 """Elements of full kernels that exist at once."""
 
-CANDIDATES = (96, 192)
+CANDIDATES = (128, 192)
 """Least and most tokens of a long segment among which picks are made before the others learn of it. In between: three
 times as many as were picked the last time, because more would be measured in vain."""
+
+CAUTION = 1.5
+"""Tokens stay awake that could be picked if gains fell this many times as fast as they did lately."""
 
 MARGIN = 1e-5
 """How far off what is left of a token may be if computed in fp32, relative to the token's own kernel value."""
@@ -96,27 +99,32 @@ def _scale(rows: Tensor, kind: str) -> Tensor:
 
 class _Segment:
     """Lazy greedy in a long segment. What is left of tokens only shrinks, and their gains with it, so one that was
-    computed before is an upper bound: picks are made among a few candidates, in fp64, while the best of them beats the
-    bounds of all others, which then learn of these picks together. The bounds are kept in fp32, with a margin. Where it
-    is too wide to tell who is best, or the candidates show that it is too narrow, they are computed again, in fp64.
+    computed before is an upper bound: picks are made among a few candidates while the best of them beats the bounds of
+    all others, which then learn of these picks together. This is done in fp32, with a margin, and tells the picks and
+    their rivals, the tokens that come too close to one; fp64 decides between these. Where the margin is too wide to
+    tell who is best, or the rivals show that it is too narrow, all is computed again, in fp64. Tokens that gain too
+    little to be picked, if gains fall on as they do, sleep: they learn nothing, and all is computed again if it was so.
     """
 
     def __init__(self, h: Tensor, relevance: Tensor, count: int, rank_eps: float, kind: str) -> None:
         self.h, self.relevance, self.rank_eps, self.kind = h, relevance, rank_eps, kind  # relevance as a logarithm
-        self.picks, self.width = 0, CANDIDATES[0]
-        self.room = torch.empty(min(len(h), CANDIDATES[1]), h.shape[1], dtype=torch.float64, device=h.device)
+        self.picks, self.width, self.level, self.caution = 0, CANDIDATES[0], math.inf, CAUTION
         self.order = torch.empty(count, dtype=torch.long, device=h.device)
-        self.basis = torch.empty(count, h.shape[1], dtype=torch.float64, device=h.device)  # the picked
+        self.basis = torch.empty(count, h.shape[1], dtype=torch.float64, device=h.device)  # the picked, of any length
         self.corner = torch.zeros(count, count, dtype=torch.float64, device=h.device)  # Cholesky factor of their kernel
         self.measure(torch.float64 if h.dtype == torch.float64 else torch.float32)
 
     def solve(self) -> Tensor:
         """[count] indices in the order of their picks."""
         while self.picks < len(self.order):
-            before = self.picks
+            before, level = self.picks, self.level
             if self.pick():
                 if before < self.picks < len(self.order):
                     self.learn(before)
+                    self.rest((level - self.level) / (self.picks - before))
+            elif self.asleep > -math.inf:
+                self.caution *= 4
+                self.measure(self.rows.dtype)
             elif self.margin:
                 self.measure(torch.float64)
             else:
@@ -129,21 +137,34 @@ class _Segment:
     def measure(self, dtype: torch.dtype) -> None:
         """Computes what is left of all tokens, which from now on is kept up to date by products in `dtype`."""
         self.margin = MARGIN if dtype == torch.float32 else 0.0
+        self.awake, self.asleep = torch.arange(len(self.h), device=self.h.device), -math.inf  # who; the others' bound
         self.rows = self.h.to(dtype)
-        self.scale = _scale(self.rows, self.kind)[:, 0].square()
-        self.own = self.rows.norm(dim=-1).double().square() * self.scale
+        self.scale = _scale(self.rows, self.kind)[:, 0]
+        self.own = (self.rows.norm(dim=-1).double() * self.scale).square()
         self.left = self.own.masked_fill(self.relevance == -torch.inf, -torch.inf)
+        self.left[self.order[: self.picks]] = -torch.inf
         self.factor = torch.empty(len(self.h), len(self.order), dtype=dtype, device=self.h.device)  # not scaled
         self.learn(0)
 
     def learn(self, before: int) -> None:
-        """Takes from all tokens what the picks since `before` span."""
+        """Takes from the tokens awake what the picks since `before` span."""
         fresh = self.project(self.rows, self.factor[:, :before])
         self.factor[:, before : self.picks] = fresh
-        self.left -= fresh.square().sum(1) * self.scale
-        self.left[self.order[: self.picks]] = -torch.inf
-        if not self.margin:
-            self.left.masked_fill_(self.left <= self.rank_eps * self.own, -torch.inf)
+        self.left -= fresh.square_().sum(1) * self.scale.square()
+        self.left.masked_fill_(self.left <= (self.rank_eps - self.margin) * self.own, -torch.inf)
+
+    def rest(self, slope: float) -> None:
+        """Puts tokens to sleep that are not picked if gains go on to fall by `slope` a pick, if these are many."""
+        bound, wanted = self.bounds(), len(self.order) - self.picks
+        near = bound >= self.level - self.caution * slope * wanted
+        if wanted <= int(near.sum()) < len(near) / 2:
+            self.asleep = max(self.asleep, float(bound[~near].max()))
+            self.awake, self.rows, self.factor = self.awake[near], self.rows[near], self.factor[near]
+            self.scale, self.own, self.left = self.scale[near], self.own[near], self.left[near]
+
+    def bounds(self) -> Tensor:
+        """What the tokens awake add at most, as a logarithm."""
+        return 2 * self.relevance[self.awake] + (self.left + self.margin * self.own).clamp_min(0).log()
 
     def project(self, rows: Tensor, factor: Tensor) -> Tensor:
         """[b, picks - m] further columns of the Cholesky factor of `rows` [b, C], of which `factor` holds m."""
@@ -154,66 +175,114 @@ class _Segment:
 
     def pick(self) -> bool:
         """Picks some tokens, or finds some exhausted; False if the gains known can do neither."""
-        most = 2 * self.relevance + (self.left + self.margin * self.own).clamp_min(0).log()
-        if not self.margin:
-            best = most.max()
-            if best == -torch.inf:
-                return False
-            # Of the tied best the lowest index is next: it must be a candidate.
-            most[(most >= best - TIED).int().argmax()] = torch.inf
-        width = min(self.width, len(most))
-        top = most.topk(min(width + 1, len(most)))
-        others = float(top.values[width]) if len(most) > width else -torch.inf
-
-        places = top.indices[:width].sort().values
-        rows = self.room[:width].copy_(self.h[places])  # [b, C]
-        rows *= _scale(rows, self.kind)
-        factor = self.project(rows, rows[:, :0])
-        kernel = rows @ rows.T  # [b, b]
-        own = kernel.diagonal().clone()
-        kernel.addmm_(factor, factor.T, alpha=-1)  # what the picks leave of it
-        left, estimate = kernel.diagonal(), self.left[places]
-        known = estimate > -torch.inf
-        if self.margin and not ((left - estimate).abs() <= self.margin / 4 * own)[known].all():
+        bound = self.bounds()
+        top = float(bound.max())
+        if not self.asleep + TIED < top < math.inf:
             return False
-        limit = (self.rank_eps * own).masked_fill_(~known, torch.inf)
-        spent = ~(left > limit)
-        self.left[places[spent]] = -torch.inf
-        relevance, wanted = self.relevance[places].tolist(), len(self.order) - self.picks
-        took = _best(kernel.cpu().clone(), relevance, limit.tolist(), others, wanted, not self.margin)
+        bound = (bound - top).exp()  # all gains in here are relative to the greatest bound
+        if not self.margin:
+            # Of the tied best the lowest index is next: it must be a candidate.
+            bound[(bound >= 1 - TIED).int().argmax()] = 2
+        places = bound.topk(min(self.width, len(bound))).indices.sort().values
+        others = max(float(bound.scatter(0, places, 0).max()), math.exp(self.asleep - top))
+        factor = self.factor.index_select(0, places)[:, : self.picks]
+        rows, known = self.rows.index_select(0, places), self.left[places] > -torch.inf
+        weight = (self.relevance[self.awake[places]] - top / 2).exp().where(known, 0)  # [b]
+        left, own = (x[places] * weight.square() for x in (self.left, self.own))
+
+        kernel = (rows @ rows.T).addmm_(factor, factor.T, alpha=-1)  # [b, b] what the picks leave of it
+        scale = (weight * self.scale[places]).to(kernel.dtype)
+        kernel *= scale
+        kernel *= scale[:, None]
+        most = min(len(self.order) - self.picks, len(rows))
+        guess, past = _best(kernel.cpu(), (self.rank_eps * own).tolist(), others, most, not self.margin)
+        past, slack, limit = past.to(own), self.margin * own, self.rank_eps * own
+        least = (past - slack).where(past - slack > limit, 0).amax(1, keepdim=True)
+        past += slack
+        rival = ((past >= (1 - TIED) * least) & (past > limit)).any(0)
+        bar = past.masked_fill(rival, 0).amax(1).clamp_min(others)  # [picks] what no other token gains by then
+        guess = (rival.cumsum(0) - 1)[guess]
+
+        rows = rows[rival].double()
+        rows *= weight[rival, None] * _scale(rows, self.kind)
+        factor = self.project(rows, rows[:, :0])
+        kernel = rows @ rows.T
+        own = kernel.diagonal().clone()
+        kernel.addmm_(factor, factor.T, alpha=-1)
+        if self.margin and not ((kernel.diagonal() - left[rival]).abs() <= self.margin / 4 * own).all():
+            return False
+        if not self.margin:
+            bar[0] = 0
+        limit = self.rank_eps * own
+        spent = kernel.diagonal() <= limit
+        places = places[rival]
+        took, corner = _settled(kernel, limit, guess, bar)
+        self.left[places[spent]] = self.left[places[took]] = -torch.inf
         self.width = min(max(CANDIDATES[0], 3 * len(took)), CANDIDATES[1])
-        if took:
+        if len(took):
             new, self.picks = slice(self.picks, self.picks + len(took)), self.picks + len(took)
-            self.order[new], self.basis[new], self.corner[new, : new.start] = places[took], rows[took], factor[took]
-            self.corner[new, new] = torch.linalg.cholesky_ex(kernel[took][:, took]).L
-        return bool(took) or bool((spent & known).any())
+            self.order[new], self.basis[new] = self.awake[places[took]], rows[took]
+            self.corner[new, : new.start], self.corner[new, new] = factor[took], corner
+            self.level = top + 2 * math.log(corner[-1, -1])
+        return bool(len(took)) or bool(spent.any())
 
 
-def _best(
-    kernel: Tensor, relevance: list[float], limit: list[float], others: float, most: int, sure: bool
-) -> list[int]:
-    """Greedy on the small kernel (spent in doing so) while no other token, gaining at most `others`, could win or tie.
+def _best(kernel: Tensor, limit: list[float], others: float, most: int, sure: bool) -> tuple[list[int], Tensor]:
+    """Greedy on the small kernel (spent in doing so) while no other token, gaining at most `others`, could win.
 
     Args:
-        relevance: logarithms.
         limit: so little left of a token is nothing.
         most: picks to make.
-        sure: no other token can win or tie against the first pick.
+        sure: no other token can win against the first pick.
+
+    Returns:
+        The picks, and [picks, b] the gains before every pick (before the first one if there is none).
     """
     took: list[int] = []
-    diagonal = kernel.diagonal()
+    gain = kernel.diagonal()
+    first, rows = gain.double(), kernel.new_zeros(most, len(kernel))
     while len(took) < most:
-        left = diagonal.tolist()
-        gain = [
-            2 * own + math.log(x) if x > least else -torch.inf
-            for own, x, least in zip(relevance, left, limit, strict=True)
-        ]
-        level = max(gain) - TIED
-        if level == -torch.inf or (level <= others and (took or not sure)):
+        now = gain.tolist()
+        best = max(now)
+        if not best > 0 or (best <= others and (took or not sure)):
             break
-        pick = next(i for i, g in enumerate(gain) if g >= level)
-        row = kernel[pick] * left[pick] ** -0.5
-        kernel.addr_(row, row, alpha=-1)
-        diagonal[pick] = -torch.inf
-        took.append(pick)
-    return took
+        pick = now.index(best)
+        if best > limit[pick]:
+            row = torch.mul(kernel[pick], best**-0.5, out=rows[len(took)])
+            kernel.addr_(row, row, alpha=-1)
+            took.append(pick)
+        gain[pick] = -torch.inf
+    return took, _past(first, rows[: max(1, len(took))].double(), torch.tensor(took, dtype=torch.long))
+
+
+def _past(gain: Tensor, rows: Tensor, took: Tensor) -> Tensor:
+    """[t, b] gains before every step, of which a row of the Cholesky factor is the outcome; -inf from a pick on."""
+    past = gain + rows.square() - rows.square().cumsum(0)
+    turn = torch.full_like(gain, len(rows)).index_copy_(0, took, torch.arange(len(took)).to(gain))
+    return past.masked_fill_(turn < torch.arange(len(rows), device=gain.device)[:, None], -torch.inf)
+
+
+def _settled(kernel: Tensor, limit: Tensor, guess: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the guessed picks right, as far as what they gain is above the `bar`; with the factor of their kernel."""
+    while len(guess):
+        corner = torch.linalg.cholesky_ex(kernel[guess][:, guess]).L
+        rows = torch.linalg.solve_triangular(corner, kernel[guess], upper=False)
+        past = _past(kernel.diagonal(), rows, guess)
+        past.masked_fill_(past <= limit, 0)
+        best = (1 - TIED) * past.amax(1)
+        won = (past >= best[:, None]).int().argmax(1)
+        wrong = ((won != guess) | (best <= bar)).nonzero()[:, 0]
+        if not len(wrong):
+            break
+        step = int(wrong[0])
+        if best[step] <= bar[step]:
+            return guess[:step], corner[:step, :step]
+        order = [*guess[:step].tolist(), int(won[step])]
+        later = [i for i in guess[step:].tolist() if i != order[-1]]
+        # Till the same are picked again the bar is what it was when they last were.
+        turn = guess.tolist().index(order[-1]) if order[-1] in guess.tolist() else len(guess)
+        bar[step + 1 : turn + 1] = bar[step]
+        guess = guess.new_tensor((order + later)[: len(guess)])
+    else:
+        return guess, kernel[:0, :0]
+    return guess, corner
