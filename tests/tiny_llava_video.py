@@ -13,12 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
-from vidcompress.models.llava_video import (
-    LlavaVideoConfig,
-    LlavaVideoForConditionalGeneration,
-    placeholders,
-    pooled_side,
-)
+from vidcompress.models.llava_video import LlavaVideoForConditionalGeneration
+from vidcompress.models.llava_video_config import LlavaVideoConfig, placeholders, pooled_side
 
 ORIGINAL = {
     "model.language_model.": "model.",

@@ -129,9 +129,9 @@ def dimensions(model: str | os.PathLike) -> Dimensions:
         )
     from transformers import AutoConfig
 
-    from vidcompress.models import register
+    from vidcompress.models import register_configs
 
-    register()
+    register_configs()
     return Dimensions.of(AutoConfig.from_pretrained(name))
 
 

@@ -97,6 +97,11 @@ class Followed:
         alive[self.index[keep] // self.video.line] = True
         return alive[self.lines]
 
+    def may_lose(self, column: Tensor) -> bool:
+        """Whether `column` [1] is its end, which may be removed; the newline of a whole video always stays."""
+        ends = torch.cat([self.places[-1:], self.newlines[-1:] if self.video.newlines > 1 else column[:0]])
+        return bool((ends == column).any())
+
     def reduce(self, keep: Tensor) -> None:
         """Goes on with the tokens `keep`, and their lines' newlines."""
         if len(self.newlines) > 1:
@@ -159,7 +164,7 @@ class Plan:
                 first = following
             following = plan._find_videos(row, where[row].nonzero().squeeze(1), encoding.videos, following)
             plan._find_text(row, tokens.mask[row], where[row], pending)
-        if any(bool(video.places[-1] == plan.last[video.row][0]) for video in plan.followed):
+        if any(video.may_lose(plan.last[video.row]) for video in plan.followed):
             raise ValueError(
                 "the prompt ends inside a video: its last token, from which the answer begins, may be removed; put at "
                 "least one token behind the video (a chat template does)"

@@ -14,7 +14,7 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
 )
 
-from vidcompress.models.llava_video import LlavaVideoConfig, placeholders, pooled_side
+from vidcompress.models.llava_video_config import LlavaVideoConfig, placeholders, pooled_side
 
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
@@ -84,7 +84,7 @@ class LlavaVideoProcessor(LlavaOnevisionProcessor):
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(image_sizes, video_sizes, **kwargs)
         if video_sizes is not None:
-            data["num_video_tokens"] = [self.video_tokens(frames) for frames, _, _ in video_sizes]
+            data.num_video_tokens = [self.video_tokens(frames) for frames, _, _ in video_sizes]
         return data
 
     @classmethod
@@ -105,6 +105,7 @@ class LlavaVideoProcessor(LlavaOnevisionProcessor):
             return cls.of(config, tokenizer, **settings)
         for name, value in settings.items():
             setattr(processor, name, value)
+        processor.video_tokens(1)
         return processor
 
     @classmethod

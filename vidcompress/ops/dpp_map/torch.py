@@ -240,7 +240,7 @@ def _best(kernel: Tensor, limit: list[float], others: float, most: int, sure: bo
     """
     took: list[int] = []
     gain = kernel.diagonal()
-    first, rows = gain.double(), kernel.new_zeros(most, len(kernel))
+    first, rows = gain.to(torch.float64, copy=True), kernel.new_zeros(most, len(kernel))
     while len(took) < most:
         now = gain.tolist()
         best = max(now)
