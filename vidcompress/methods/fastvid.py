@@ -9,7 +9,6 @@ anchors, or without salient tokens, and LLaVA-Video's anchors that a frame canno
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,9 +24,6 @@ VARIANTS: dict[str, Variant] = {"llava_onevision": "onevision"}
 VARIANTS |= dict.fromkeys(("llava_video", "llava_qwen"), "llava_video")
 VARIANTS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), "qwen2_5_vl")
 """The variant for a model, by its `model_type`."""
-
-Merge = tuple[Tensor, list[Tensor]]
-"""Members, and the anchors of every frame that they join."""
 
 
 @dataclass(kw_only=True)
@@ -85,13 +81,12 @@ class FastVID(Method):
         anchor = torch.zeros_like(salient)
         anchor[frames] = top_tokens(score, counts[frames])
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.
+        theirs = self.official and self.variant != "onevision"
+        reach = self._reach(p, segments, anchor_count)
+        merged = anchor_merge(x, ~salient, anchor, anchor_count, reach, self.beta, anchors_join=not theirs)
         index = torch.arange(t * p, device=x.device).view(t, p)
-        triplets = []
-        for span in (slice(start, end) for start, end in segments):
-            for members, anchors in self._merges(index[span], ~salient[span], anchor[span], anchor_count[span]):
-                triplets.append(anchor_merge(tokens.features, members, anchors, self.beta))
         notes = {"segments": segments, "salient": salient_count, "anchors": anchor_count}
-        return Reduction.merging(index[salient | anchor], t * p, triplets, notes)
+        return Reduction.merging(index[salient | anchor], t * p, [merged], notes)
 
     def _budgets(self, p: int, segments: list[tuple[int, int]], seen: Tensor) -> tuple[list[int], list[int]]:
         """Salient tokens and anchors of every frame."""
@@ -131,18 +126,13 @@ class FastVID(Method):
         kept = max(1, floor(self.retention_ratio * positions))
         return kept, floor(kept * self.context_share)
 
-    def _merges(self, index: Tensor, free: Tensor, anchor: Tensor, counts: list[int]) -> Iterator[Merge]:
-        """Those of one segment, from [L, P] indices, which of them are not salient, and which are anchors."""
-        context, together = self._per_frame(index.shape[1])[1], []
-        for f in [f for f, count in enumerate(counts) if count]:
-            own = index[f][anchor[f]]
-            if self.official and self.variant != "onevision":
-                others = free.clone()
-                others[f] &= ~anchor[f]
-                yield index[others], [own]
-            elif len(counts) == 1 or (counts[f] == context and (self.official or self.dispatch == "official")):
-                yield index[f][free[f]], [own]
-            else:
-                together.append(own)
-        if together:
-            yield index[free], together
+    def _reach(self, p: int, segments: list[tuple[int, int]], counts: list[int]) -> list[tuple[int, int]]:
+        """The tokens of which frames join the anchors of a frame: its segment's, or its own alone."""
+        context = self._per_frame(p)[1]
+        if self.official and self.variant != "onevision":
+            alone = [False] * len(counts)
+        else:
+            by_share = self.official or self.dispatch == "official"
+            alone = [by_share and count == context for count in counts]
+        whole = [span for span in segments for _ in range(*span)]
+        return [(f, f + 1) if single else span for f, (single, span) in enumerate(zip(alone, whole, strict=True))]

@@ -7,7 +7,9 @@ mean of its position over the segment. A reconstruction: docs/decisions.md, D14,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -19,6 +21,9 @@ from vidcompress.method import Method, floor, setting
 from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Segments = list[tuple[int, int]]
+
+GROUP_FRAMES = 64
+"""Segments that begin within so many frames are worked on together, in fp32 copies."""
 
 
 @dataclass(kw_only=True)
@@ -57,21 +62,22 @@ class InfoMerge(Method):
         picks, anchors = ops.anchor_budgets(segments, p, budget, salient, weights.tolist(), self.anchor_interval)
         # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10-11, 29-30).
         attention = tokens.signal("saliency.head").view(t, p).double()
-        picked, replaced = self._select_salient(attention, segments, static, torch.tensor(picks))  # [T, P] each
+        picked, replaced = ops.select_in_turn(attention, segments, picks, static, self._penalised)  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
         index = torch.arange(t * p, device=x.device).view(t, p)
         anchor = torch.zeros_like(picked)
         parts = []
-        for k, (start, end) in enumerate(segments):
-            seen = x[start:end].float()
-            seen = torch.where(replaced[start:end, :, None], seen.mean(0), seen)  # [L, P, C]
-            own = [f - start for f in range(start, end) if anchors[f]]
-            free = ~picked[start:end]
+        for _, several in groupby(segments, lambda span: span[0] // GROUP_FRAMES):
+            group = [*several]
+            start, end = group[0][0], group[-1][1]
+            spans = [(a - start, b - start) for a, b in group]
+            k, counts, free = segments.index(group[0]), anchors[start:end], ~picked[start:end]
+            seen = _with_means(x[start:end], replaced[start:end], spans)  # [L, P, C]
+            own = [f for f, count in enumerate(counts) if count]
             score = ops.density_peaks(seen[own], free[own], self.neighbours, self.density_ties)
-            chosen = anchor[start:end] = _select_anchors(score, own, anchors[start:end], static[k])
-            local = index[: end - start]
-            centres = [local[f][chosen[f]] for f in own]
-            merged = ops.anchor_merge(seen.flatten(0, 1), local[free], centres, self.beta_merge)
+            chosen = anchor[start:end] = _select_anchors(score, spans, counts, static[k : k + len(group)])
+            reach = [span for span in spans for _ in range(*span)]
+            merged = ops.anchor_merge(seen, free, chosen, counts, reach, self.beta_merge)
             parts.append((merged[0] + start * p, merged[1] + start * p, merged[2]))
         # 6. Everything that was kept, in temporal order.
         kept = Reduction.merging(index[picked | anchor], t * p, parts)
@@ -80,12 +86,12 @@ class InfoMerge(Method):
 
     def _static_positions(self, x: Tensor, segments: Segments) -> Tensor:
         """[K, P] bool; none in a segment of one frame, where nothing can repeat."""
-        static = torch.zeros(len(segments), x.shape[1], dtype=torch.bool, device=x.device)
+        differs = torch.zeros(len(segments), x.shape[1], device=x.device)
         change = ops.cosine_fingerprint if self.fingerprint == "second_order" else ops.adjacent_difference
-        for k, (start, end) in enumerate(segments):
-            if self.tfd and end - start > 1:
-                static[k] = ops.top_tokens(-change(x[start:end])[None], floor(self.static_ratio * x.shape[1]))[0]
-        return static
+        count, repeats = floor(self.static_ratio * x.shape[1]), [self.tfd and b - a > 1 for a, b in segments]
+        for k in [k for k, several in enumerate(repeats) if several]:
+            differs[k] = change(x[slice(*segments[k])])
+        return ops.top_tokens(-differs, torch.tensor([count * several for several in repeats]))
 
     def _segment_weights(self, x: Tensor, segments: Segments) -> Tensor:
         """[K] fp64: length times sigmoid of temperature times score; the score mixes uniqueness and richness."""
@@ -100,24 +106,6 @@ class InfoMerge(Method):
             score = score + self.richness_weight * ops.standardise(rich, self.eps)
         return length * torch.sigmoid(self.temperature * score)
 
-    def _select_salient(
-        self, attention: Tensor, segments: Segments, static: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """([T, P] picked, [T, P] replaced by the segment's mean): in time order, all segments side by side."""
-        picked = torch.zeros_like(attention, dtype=torch.bool)
-        replaced, history = torch.zeros_like(picked), torch.zeros_like(static)
-        lengths = [end - start for start, end in segments]
-        order = sorted(range(len(segments)), key=lambda k: -lengths[k])  # the longest first: the others drop out
-        first = torch.tensor([segments[k][0] for k in order], device=attention.device)
-        static, count = static[order], count.to(attention.device)
-        for step in range(max(lengths)):
-            n = sum(length > step for length in lengths)
-            frame = first[:n] + step
-            now = ops.top_tokens(self._penalised(attention[frame], history[:n]), count[frame])
-            history[:n] |= now & static[:n]
-            picked[frame], replaced[frame] = now, history[:n]
-        return picked, replaced
-
     def _penalised(self, attention: Tensor, again: Tensor) -> Tensor:
         if self.penalty == "exp":
             return attention * torch.exp(-self.penalty_strength * again)
@@ -126,23 +114,35 @@ class InfoMerge(Method):
         return attention / (1 + self.penalty_strength * again)
 
 
-def _select_anchors(score: Tensor, frames: list[int], counts: list[int], static: Tensor) -> Tensor:
-    """[L, P] bool. A static position that was an anchor before comes after all others, in score order."""
-    p = score.shape[1]
-    chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
+def _with_means(x: Tensor, replaced: Tensor, spans: Segments) -> Tensor:
+    """[L, P, C] fp32: the tokens, those that are replaced as the means of their positions over their segments."""
+    seen = x.to(torch.float32, copy=True)
+    for start, end in spans:
+        own = seen[start:end]
+        own.copy_(torch.where(replaced[start:end, :, None], own.mean(0), own))
+    return seen
+
+
+def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: Tensor) -> Tensor:
+    """[L, P] bool from [frames with anchors, P] scores. A static position [K, P] that was an anchor of its segment
+    before comes after all others, in score order.
+    """
+    p, own = score.shape[1], [f for f, count in enumerate(counts) if count]
     rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 2 * p * score.isneginf()
-    for place, f in zip(rank, frames, strict=True):
-        used = chosen[:f].any(0) & static
-        chosen[f] = ops.top_tokens(-(place + p * used)[None], counts[f])[0]
+    rows = [(bisect_left(own, start), bisect_left(own, end)) for start, end in spans]
+    several = [counts[f] for f in own]
+    chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
+    chosen[own] = ops.select_in_turn(-rank, rows, several, static, lambda score, again: score - p * again)[0]
     return chosen
 
 
 def _segment_means(replaced: Tensor, segments: Segments, index: Tensor) -> Reduction:
     """The map that puts its segment's mean in place of every replaced token."""
-    parts = []
-    for start, end in segments:
-        f, position = replaced[start:end].nonzero(as_tuple=True)
-        over = index[start:end, position].T  # [replaced, L]
-        weight = torch.full(over.shape, 1 / (end - start), dtype=torch.float32, device=index.device)
-        parts.append((index[start:end][f, position].repeat_interleave(end - start), over.flatten(), weight.flatten()))
-    return Reduction.merging(index.flatten(), index.numel(), parts)
+    spans = torch.tensor([span for span in segments for _ in range(*span)], device=index.device)  # [T, 2]
+    frame, position = replaced.nonzero(as_tuple=True)
+    start, end = spans[frame].T
+    each = end - start
+    token = torch.arange(len(frame), device=index.device).repeat_interleave(each)
+    step = torch.arange(len(token), device=index.device) - (each.cumsum(0) - each)[token]
+    mean = (index[frame, position][token], index[start[token] + step, position[token]], 1 / each[token].float())
+    return Reduction.merging(index.flatten(), index.numel(), [mean])

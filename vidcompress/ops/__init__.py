@@ -17,6 +17,7 @@ from vidcompress.ops.minmax import minmax
 from vidcompress.ops.nearest import nearest
 from vidcompress.ops.retention_pool import retention_pool
 from vidcompress.ops.segment_frames import segment_frames
+from vidcompress.ops.select_in_turn import select_in_turn
 from vidcompress.ops.spectral_entropy import spectral_entropy
 from vidcompress.ops.standardise import standardise
 from vidcompress.ops.text_attention import text_attention
@@ -38,6 +39,7 @@ __all__ = [
     "nearest",
     "retention_pool",
     "segment_frames",
+    "select_in_turn",
     "spectral_entropy",
     "standardise",
     "text_attention",

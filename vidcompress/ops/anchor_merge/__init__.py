@@ -1,4 +1,4 @@
-"""Merging a segment's tokens into its density-peak anchors (the second half of FastVID's DTM)."""
+"""Merging a video's tokens into its density-peak anchors (the second half of FastVID's DTM)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,31 @@ __all__ = ["anchor_merge"]
 
 
 def anchor_merge(
-    tokens: Tensor, members: Tensor, anchors: Sequence[Tensor], anchor_weight: float
+    frames: Tensor,
+    members: Tensor,
+    anchors: Tensor,
+    counts: Sequence[int],
+    reach: Sequence[tuple[int, int]],
+    anchor_weight: float,
+    anchors_join: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every member joins the anchor of highest cosine in each anchor frame (FastVID on OneVision; InfoMerge, eq. 34).
+    """Every member joins the anchor of highest cosine in each frame of anchors that reaches it (FastVID; InfoMerge,
+    eq. 34).
 
-    An anchor that n_a members chose (it is a member itself) becomes w * own + (1 - w) * mean(its members) with
+    An anchor that n_a members chose becomes w * own + (1 - w) * mean(its members) with
     w = max(1 / (n_a + 1), anchor_weight); one that nobody chose stays as it is.
 
     Args:
-        tokens: [N, C].
-        members: [m] indices into `tokens`.
-        anchors: one [a_f] index tensor an anchor frame; a member joins one anchor of each.
+        frames: [T, P, C].
+        members: [T, P] bool.
+        anchors: [T, P] bool.
+        counts: anchors in each of the T frames, known without asking the device.
+        reach: (start, end) for each of the T frames: the members of which frames join its anchors.
         anchor_weight: least weight of the anchor's own token, in [0, 1].
+        anchors_join: whether an anchor that is a member joins an anchor of its own frame, mostly itself.
 
     Returns:
-        Triplets (anchor, source, weight), each [E]: indices into `tokens` and fp32 weights that sum to 1 an anchor.
+        Triplets (anchor, source, weight), each [E]: flat indices t * P + p, and fp32 weights that sum to 1 an anchor.
         A zero token, and ties, go to the anchor that comes first.
     """
-    return implementation("anchor_merge")(tokens, members, anchors, anchor_weight)
+    return implementation("anchor_merge")(frames, members, anchors, counts, reach, anchor_weight, anchors_join)

@@ -8,19 +8,30 @@ from torch.nn.functional import normalize
 
 
 def anchor_merge(
-    tokens: Tensor, members: Tensor, anchors: Sequence[Tensor], anchor_weight: float
+    frames: Tensor,
+    members: Tensor,
+    anchors: Tensor,
+    counts: Sequence[int],
+    reach: Sequence[tuple[int, int]],
+    anchor_weight: float,
+    anchors_join: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unit = normalize(tokens.double(), dim=-1, eps=1e-30)
+    unit = normalize(frames.double(), dim=-1, eps=1e-30)
+    index = torch.arange(members.numel(), device=frames.device).view_as(members)
     triplets = []
-    for frame in anchors:
-        choice = (unit[members] @ unit[frame].T).argmax(-1) if len(frame) else members.new_empty(0)
-        for a, anchor in enumerate(frame.tolist()):
-            joined = members[choice == a].tolist()
+    for f in [f for f, count in enumerate(counts) if count]:
+        start, end = reach[f]
+        joins = members[start:end].clone()
+        if not anchors_join and start <= f < end:
+            joins[f - start] &= ~anchors[f]
+        choice = (unit[start:end][joins] @ unit[f][anchors[f]].T).argmax(-1)
+        for a, anchor in enumerate(index[f][anchors[f]].tolist()):
+            joined = index[start:end][joins][choice == a].tolist()
             own = max(1 / (len(joined) + 1), anchor_weight)
             triplets.append((anchor, anchor, own if joined else 1.0))
             triplets += [(anchor, source, (1 - own) / len(joined)) for source in joined]
     columns = list(zip(*triplets, strict=True)) or [(), (), ()]
-    device = tokens.device
+    device = frames.device
     return (
         torch.tensor(columns[0], dtype=torch.long, device=device),
         torch.tensor(columns[1], dtype=torch.long, device=device),

@@ -1,41 +1,102 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 CHUNK_ELEMENTS = 16 << 20
-"""Similarities (and fp32 token copies) that exist at once."""
+"""Similarities, and upcast elements of tokens, that exist at once."""
+
+Piece = tuple[int, int, int, int]
+"""Frames from, to (exclusive), whose members join the anchors of the rows from, to (exclusive)."""
 
 
 def anchor_merge(
-    tokens: Tensor, members: Tensor, anchors: Sequence[Tensor], anchor_weight: float
+    frames: Tensor,
+    members: Tensor,
+    anchors: Tensor,
+    counts: Sequence[int],
+    reach: Sequence[tuple[int, int]],
+    anchor_weight: float,
+    anchors_join: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    anchors = [frame for frame in anchors if frame.numel()]
-    if not anchors:
-        none = members.new_empty(0)
-        return none, none, torch.empty(0, dtype=torch.float32, device=tokens.device)
-    centre = torch.cat(anchors)
-    unit = tokens[centre].float()
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    sizes = [frame.numel() for frame in anchors]
-    first = [sum(sizes[:i]) for i in range(len(sizes))]
-    step = max(1, CHUNK_ELEMENTS // max(len(centre), tokens.shape[-1]))
-    choices = []
-    for part in members.split(step):
-        # The member's own norm cannot change which anchor is the most similar.
-        similarity = tokens[part].float() @ unit.T  # [m, anchors]
-        frames = similarity.split(sizes, dim=1)
-        choices.append(torch.stack([s.argmax(-1) + f for s, f in zip(frames, first, strict=True)]))  # [frames, m]
-    joined = torch.cat(choices, dim=1) if choices else members.new_empty(len(anchors), 0)
+    (_, p, channels), device = frames.shape, frames.device
+    # A row for every frame of anchors, those of one reach side by side; padded to the most anchors of any.
+    rows = sorted((f for f, count in enumerate(counts) if count), key=lambda f: (reach[f], f))
+    if not rows:
+        none = torch.empty(0, dtype=torch.long, device=device)
+        return none, none, torch.empty(0, dtype=torch.float32, device=device)
+    widest = max(counts)
+    frame = torch.tensor(rows, device=device)
+    real = torch.arange(widest, device=device) < torch.tensor([counts[f] for f in rows], device=device)[:, None]
+    place = (~anchors[frame]).int().argsort(dim=1, stable=True)[:, :widest]  # [R, A]
+    centre = frame[:, None] * p + place
+    unit = normalize(frames[frame[:, None], place].float(), dim=-1, eps=1e-30)  # [R, A, C]
 
-    count = joined.flatten().bincount(minlength=len(centre))  # [anchors]
+    joined, source = [], []
+    for pieces in _batches(rows, reach, p * widest, p * channels):
+        token, row = _pairs(pieces, p, device)
+        score, done = unit.new_full((len(token), widest), -torch.inf), 0
+        for a, b, r, s in pieces:
+            most = max(counts[f] for f in rows[r:s])
+            # The member's own norm cannot change which anchor is the most similar.
+            part = frames[a:b].flatten(0, 1).float() @ unit[r:s, :most].flatten(0, 1).T
+            part = part.view(-1, most)
+            score[done : done + len(part), :most] = part
+            done += len(part)
+        choice = score.masked_fill_(~real[row], -torch.inf).argmax(1)
+        joins = members.flatten()[token]
+        if not anchors_join:
+            joins = joins & ~(anchors.flatten()[token] & (token // p == frame[row]))
+        mine = joins.nonzero().squeeze(1)
+        joined.append((row * widest + choice)[mine])
+        source.append(token[mine])
+
+    slot = torch.cat(joined)
+    count = torch.zeros(real.numel(), dtype=torch.long, device=device).scatter_add_(0, slot, torch.ones_like(slot))
     own = (1 / (count + 1).float()).clamp_min(anchor_weight).where(count > 0, 1.0)
     share = (1 - own) / count.clamp_min(1)
-    chosen = joined.flatten()
+    # The places that are no padding are known without asking the device.
+    kept = torch.tensor([r * widest + a for r, f in enumerate(rows) for a in range(counts[f])], device=device)
+    anchor = centre.flatten()
     return (
-        torch.cat([centre, centre[chosen]]),
-        torch.cat([centre, members.repeat(len(anchors))]),
-        torch.cat([own, share[chosen]]),
+        torch.cat([anchor[kept], anchor[slot]]),
+        torch.cat([anchor[kept], *source]),
+        torch.cat([own[kept], share[slot]]),
     )
+
+
+def _batches(
+    rows: list[int], reach: Sequence[tuple[int, int]], scores_a_row: int, elements_a_frame: int
+) -> Iterator[list[Piece]]:
+    """All pieces of work, in batches that fit; a piece has as many rows as share a reach, and a batch one piece at
+    least.
+    """
+    batch: list[Piece] = []
+    room = CHUNK_ELEMENTS
+    for (start, end), group in itertools.groupby(enumerate(rows), key=lambda row: reach[row[1]]):
+        own = [r for r, _ in group]
+        cost = max(scores_a_row * len(own), elements_a_frame)  # of a frame
+        step = max(1, CHUNK_ELEMENTS // cost)
+        for a in range(start, end, step):
+            b = min(a + step, end)
+            if batch and (b - a) * cost > room:
+                yield batch
+                batch, room = [], CHUNK_ELEMENTS
+            batch.append((a, b, own[0], own[-1] + 1))
+            room -= (b - a) * cost
+    yield batch
+
+
+def _pairs(pieces: list[Piece], p: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """([n] token, [n] row) of every product, in the order in which the pieces make them."""
+    facts = torch.tensor([(a * p, r, s - r, (b - a) * p * (s - r)) for a, b, r, s in pieces])
+    total = int(facts[:, 3].sum())
+    begins = facts[:, 3].cumsum(0) - facts[:, 3]
+    token, row, width, _, begin = torch.cat([facts, begins[:, None]], 1).to(device).T
+    piece = torch.arange(len(pieces), device=device).repeat_interleave(facts[:, 3].to(device), output_size=total)
+    place = torch.arange(total, device=device) - begin[piece]
+    return token[piece] + place // width[piece], row[piece] + place % width[piece]
