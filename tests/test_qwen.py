@@ -599,6 +599,18 @@ def test_input_of_qwen_vl_utils(kind):
     assert torch.equal(first.sequences, generate(model, inputs, 3).sequences)
 
 
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_qwen_vl_utils_is_not_needed(monkeypatch, kind, clip):
+    monkeypatch.setitem(sys.modules, "qwen_vl_utils", None)
+    with pytest.raises(ImportError):
+        import qwen_vl_utils  # noqa: F401
+    processor, model = processor_of(kind), silent(qwen(kind))
+    handle = vidcompress.apply(model, "uniform_tokens", retention_ratio=0.5)
+    inputs = prepare_inputs(processor, load_video(clip, num_frames=8), "what?")
+    generate(model, inputs, 2)
+    check_counts(handle, inputs, 0.5)
+
+
 # -- what the configs say ----------------------------------------------------------------------------------------------
 TEXT_7B: dict[str, Any] = {
     "hidden_size": 3584,

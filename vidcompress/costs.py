@@ -87,6 +87,13 @@ class Dimensions:
 _QWEN2_0_5B = Dimensions(layers=24, hidden=896, intermediate=4864, heads=14, kv_heads=2, head_dim=64)
 _QWEN2_7B = Dimensions(layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, head_dim=128)
 _QWEN2_72B = Dimensions(layers=80, hidden=8192, intermediate=29568, heads=64, kv_heads=8, head_dim=128)
+_QWEN2_1_5B = Dimensions(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_dim=128)
+_QWEN2_5_3B = Dimensions(layers=36, hidden=2048, intermediate=11008, heads=16, kv_heads=2, head_dim=128)
+_QWEN3_4B = Dimensions(layers=36, hidden=2560, intermediate=9728, heads=32, kv_heads=8, head_dim=128)
+_QWEN3_8B = Dimensions(layers=36, hidden=4096, intermediate=12288, heads=32, kv_heads=8, head_dim=128)
+# a token passes 8 experts of width 768
+_QWEN3_30B_A3B = Dimensions(layers=48, hidden=2048, intermediate=8 * 768, heads=32, kv_heads=4, head_dim=128)
+_LLAMA_7B = Dimensions(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128)
 
 
 def _onevision(text: Dimensions, size: str) -> Dimensions:
@@ -105,9 +112,19 @@ MODELS: dict[str, Dimensions] = {
     "llava-onevision-72b": _onevision(_QWEN2_72B, "72b"),
     "llava-video-7b": _video(_QWEN2_7B, "7B"),
     "llava-video-72b": _video(_QWEN2_72B, "72B"),
+    "llava-next-video-7b": replace(_LLAMA_7B, frame=(12, 12), hub="llava-hf/LLaVA-NeXT-Video-7B-hf"),
+    "qwen2-vl-2b": replace(_QWEN2_1_5B, hub="Qwen/Qwen2-VL-2B-Instruct"),
     "qwen2-vl-7b": replace(_QWEN2_7B, hub="Qwen/Qwen2-VL-7B-Instruct"),
+    "qwen2.5-vl-3b": replace(_QWEN2_5_3B, hub="Qwen/Qwen2.5-VL-3B-Instruct"),
+    "qwen2.5-vl-7b": replace(_QWEN2_7B, hub="Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen3-vl-4b": replace(_QWEN3_4B, hub="Qwen/Qwen3-VL-4B-Instruct"),
+    "qwen3-vl-8b": replace(_QWEN3_8B, hub="Qwen/Qwen3-VL-8B-Instruct"),
+    "qwen3-vl-30b-a3b": replace(_QWEN3_30B_A3B, hub="Qwen/Qwen3-VL-30B-A3B-Instruct"),
 }
-"""The papers' models, as their published configs describe them."""
+"""The papers' models and others that are served, as their published configs describe them.
+
+No paper's formula knows queries wider than the hidden states, as the 4B and the 30B model of Qwen3 have.
+"""
 
 
 def dimensions(model: str | os.PathLike) -> Dimensions:
