@@ -10,14 +10,11 @@ positions; the decoder layer has Qwen2-7B's width and random weights. Only ratio
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import math
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +26,8 @@ from vidcompress.compat import ensure_torchvision
 ensure_torchvision()  # looked for when transformers is imported
 
 from vidcompress.engine.decoder_signals import LayerView  # noqa: E402
-from vidcompress.engine.saliency import synchronise  # noqa: E402
 from vidcompress.engine.sequence import Sequence  # noqa: E402
-from vidcompress.measure import peak_memory_mb, reset_peak_memory  # noqa: E402
-
-Work = Callable[[], object]
+from vidcompress.profiling import Work, megabytes, milliseconds  # noqa: E402
 
 
 @dataclass
@@ -299,37 +293,6 @@ def layer_steps(x: Tensor, text: int, heads: int, kv_heads: int) -> list[Step]:
     ]
 
 
-def milliseconds(work: Work | None, device: torch.device) -> float | None:
-    """Of one call; None for no work."""
-    if work is None:
-        return None
-    synchronise(device)
-    start = time.perf_counter()
-    work()
-    synchronise(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def megabytes(work: Work | None, device: torch.device) -> float | None:
-    """Most memory of one call beyond what was there before; None for no work, or where the system does not tell."""
-    if work is None:
-        return None
-    unmap_what_is_freed()
-    before = reset_peak_memory(device)
-    work()
-    synchronise(device)
-    peak = peak_memory_mb(device)
-    return None if peak is None or before is None else max(0.0, peak - before)
-
-
-def unmap_what_is_freed() -> None:
-    """Lets glibc give every block back at once, so that resident memory is what is in use; it slows allocation down."""
-    if platform.system() == "Linux":
-        m_mmap_threshold = -3
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     """Prints a table (or JSON) and returns its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -358,8 +321,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     times: list[list[tuple[float | None, float | None]]] = [[] for _ in steps]
     for _ in range(options.repeat):
         for step, rounds in zip(steps, times, strict=True):
-            rounds.append((milliseconds(step.ours, device), milliseconds(step.naive, device)))
-    memory = [(megabytes(step.ours, device), megabytes(step.naive, device)) for step in steps]
+            rounds.append((milliseconds(step.ours, device), step.naive and milliseconds(step.naive, device)))
+    memory = [(megabytes(step.ours, device), step.naive and megabytes(step.naive, device)) for step in steps]
     rows = [_row(step, *both) for step, both in zip(steps, zip(times, memory, strict=True), strict=True)]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     about = {"grid": options.grid, "channels": options.channels, "device": machine, "torch": torch.__version__}

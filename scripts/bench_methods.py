@@ -1,12 +1,13 @@
-"""Times every method on synthetic tokens, interleaved in one run: median and spread of deciding and of merging.
+"""Times every method on synthetic tokens, rounds interleaved: deciding, merging, memory, launches, and how it scales.
+
+    python scripts/bench_methods.py                                            # 32x14x14x3584, all methods
+    python scripts/bench_methods.py --grids 32x14x14,64x13x13,128x14x14,256x14x14 --out bench.json --plot bench.png
 
 A method with several sites is timed over all of them; the layers in between do nothing here. Signals inside the LLM are
-random and are not timed: scripts/bench_inside.py does.
-
-    python scripts/bench_methods.py --grid 32x14x14 --channels 3584 --repeat 5
-
-Tokens are shots of eight frames around a common picture, with noise; saliency is random. Times depend on the data where
-a method does (segments, accepted tokens), and on nothing else running; compare the rows of one run with each other.
+random and are not timed: scripts/bench_inside.py does. Tokens are shots of eight frames around a common picture, with
+noise; saliency is random. Times depend on the data where a method does (segments, accepted tokens), and on nothing else
+running; compare the rows of one run with each other. Launches are counted by the profiler on a GPU; on a CPU they are
+the operators that would launch something there (see vidcompress/profiling.py).
 """
 
 from __future__ import annotations
@@ -15,30 +16,35 @@ import argparse
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from vidcompress import Method, Reduction, VideoTokens, load
-from vidcompress.engine.saliency import synchronise
 from vidcompress.method import list_methods
+from vidcompress.profiling import count_launches, megabytes, milliseconds
+
+Grid = tuple[int, int, int]
 
 
-def synthetic(grid: tuple[int, int, int], channels: int, dtype: torch.dtype, device: torch.device) -> VideoTokens:
+def synthetic(grid: Grid, channels: int, dtype: torch.dtype, device: torch.device) -> VideoTokens:
     """Tokens of a video in shots of eight frames, and its signals."""
     t, h, w = grid
     draw = torch.Generator().manual_seed(0)
     shot = torch.arange(t) // 8
     picture = torch.randn(-(-t // 8), h * w, channels, generator=draw)
-    tokens = picture[shot] + 0.3 * torch.randn(t, h * w, channels, generator=draw)
+    tokens = torch.empty(t, h * w, channels, dtype=dtype)
+    for f in range(t):  # a frame at a time: a long video has no room for fp32 copies of all
+        tokens[f] = picture[shot[f]] + 0.3 * torch.randn(h * w, channels, generator=draw)
     mood = torch.randn(-(-t // 8), 1152, generator=draw)
     signals = {
         "frame_features": (mood[shot] + 0.2 * torch.randn(t, 1152, generator=draw)).to(device),
         "saliency.head": torch.rand(t * h * w, generator=draw).to(device),
         "saliency.received": torch.rand(t * h * w, generator=draw).to(device),
     }
-    return VideoTokens(tokens.flatten(0, 1).to(device, dtype), grid, None, signals)
+    return VideoTokens(tokens.flatten(0, 1).to(device), grid, None, signals)
 
 
 def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
@@ -67,15 +73,6 @@ def merge(reductions: list[Reduction], features: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def timed(work: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    """The result and the milliseconds of one call."""
-    synchronise(device)
-    start = time.perf_counter()
-    result = work()
-    synchronise(device)
-    return result, 1e3 * (time.perf_counter() - start)
-
-
 def _load(name: str, retention_ratio: float) -> Method:
     """The method at that ratio, or at its default where it cannot go so low (PyramidDrop)."""
     try:
@@ -86,47 +83,102 @@ def _load(name: str, retention_ratio: float) -> Method:
     return method
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
-    """Prints a table (or JSON) and returns its rows."""
+def bench(grid: Grid, methods: dict[str, Method], options: Any, device: torch.device) -> list[dict[str, Any]]:
+    """One row a method: `--repeat` rounds after one that warms up."""
+    tokens = synthetic(grid, options.channels, getattr(torch, options.dtype), device)
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    for round_ in range(options.repeat + 1):
+        for name, method in methods.items():
+            reductions: list[Reduction] = []
+            deciding = milliseconds(partial(_into, reductions, method, tokens), device)
+            merging = milliseconds(partial(merge, reductions, tokens.features), device)
+            if round_:
+                seen[name].append((deciding, merging))
+    rows = []
+    for name, times in seen.items():
+        reductions = decide(methods[name], tokens)
+        launches = count_launches(partial(_all, methods[name], tokens), device)
+        deciding, merging = ([round(x, 2) for x in column] for column in zip(*times, strict=True))
+        memory = megabytes(partial(_all, methods[name], tokens), device)
+        rows.append(
+            {
+                "grid": "x".join(map(str, grid)),
+                "method": name,
+                "kept": [len(reduction) for reduction in reductions],
+                "decide_ms": statistics.median(deciding),
+                "spread_ms": f"{min(deciding):.1f} to {max(deciding):.1f}",
+                "merge_ms": statistics.median(merging),
+                "ms_a_frame": round((statistics.median(deciding) + statistics.median(merging)) / grid[0], 3),
+                "mb": None if memory is None else round(memory),
+                "launches": launches.kernels,
+                "waits": launches.waits,
+            }
+        )
+    return rows
+
+
+def _into(reductions: list[Reduction], method: Method, tokens: VideoTokens) -> None:
+    reductions[:] = decide(method, tokens)
+
+
+def _all(method: Method, tokens: VideoTokens) -> torch.Tensor:
+    return merge(decide(method, tokens), tokens.features)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds a frame over frames, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [(int(row["grid"].split("x")[0]), row["ms_a_frame"]) for row in rows if row["method"] == name]
+        axes.plot(*zip(*own, strict=True), marker="o", label=name)
+    axes.set(xlabel="frames", ylabel="ms a frame, deciding and merging", xscale="log", yscale="log")
+    axes.legend(ncols=2, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Prints a table (or JSON), writes what it is told to, and returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="32x14x14")
+    parser.add_argument("--grids", default="32x14x14", help="frames x rows x columns, by comma")
+    parser.add_argument("--methods", default=",".join(list_methods()))
     parser.add_argument("--channels", type=int, default=3584)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--retention-ratio", type=float, default=0.1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--plot", type=Path, help="a picture (needs matplotlib)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    t, h, w = (int(side) for side in options.grid.split("x"))
-    tokens = synthetic((t, h, w), options.channels, getattr(torch, options.dtype), device)
-    methods = {name: _load(name, options.retention_ratio) for name in list_methods()}
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    kept = {}
-    for _ in range(options.repeat + 1):  # the first round warms up
-        for name, method in methods.items():
-            reductions, deciding = timed(lambda method=method: decide(method, tokens), device)
-            _, merging = timed(lambda reductions=reductions: merge(reductions, tokens.features), device)
-            seen[name].append((deciding, merging))
-            kept[name] = [len(reduction) for reduction in reductions]
-    rows: list[dict[str, object]] = []
-    for name, times in seen.items():
-        deciding, merging = ([round(x, 2) for x in column] for column in zip(*times[1:], strict=True))
-        spread = f"{min(deciding):.1f} to {max(deciding):.1f}"
-        rows.append(
-            {"method": name, "kept": kept[name], "decide_ms": statistics.median(deciding), "spread_ms": spread}
-            | {"merge_ms": statistics.median(merging)}
-        )
+    methods = {name: _load(name, options.retention_ratio) for name in options.methods.split(",")}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    about = {"grid": options.grid, "channels": options.channels, "dtype": options.dtype, "device": machine}
+    about = {"channels": options.channels, "dtype": options.dtype, "device": machine}
     about |= {"torch": torch.__version__, "threads": options.threads}
+    rows: list[dict[str, Any]] = []
+    for text in options.grids.split(","):
+        t, h, w = (int(side) for side in text.split("x"))
+        rows += bench((t, h, w), methods, options, device)
+    report = json.dumps({**about, "rows": rows}, indent=1)
     if options.json:
-        print(json.dumps({**about, "rows": rows}, indent=1))
+        print(report)
     else:
         print(", ".join(f"{k} {v}" for k, v in about.items()))
         for row in rows:
             print("  ".join(f"{k} {v!s:<16}" for k, v in row.items()))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report + "\n")
+    if options.plot:
+        plot(rows, options.plot)
     return rows
 
 

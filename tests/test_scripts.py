@@ -23,12 +23,61 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_bench_methods(capsys):
+def test_bench_methods(capsys, tmp_path):
     main = runpy.run_path(str(SCRIPTS / "bench_methods.py"))["main"]
-    rows = main(["--grid", "9x4x4", "--channels", "24", "--repeat", "1", "--retention-ratio", "0.25", "--json"])
-    assert [row["method"] for row in rows] == list(list_methods())
-    assert {row["method"]: row["kept"] for row in rows}["infomerge"] == [36]
+    sizes = ["--grids", "9x4x4,12x2x2", "--channels", "24", "--repeat", "1", "--retention-ratio", "0.25", "--json"]
+    rows = main([*sizes, "--out", str(tmp_path / "new" / "rows.json"), "--plot", str(tmp_path / "rows.png")])
+    assert [row["method"] for row in rows] == 2 * list(list_methods())
+    assert [row["grid"] for row in rows] == ["9x4x4"] * (len(rows) // 2) + ["12x2x2"] * (len(rows) // 2)
+    assert {row["method"]: row["kept"] for row in rows[: len(rows) // 2]}["infomerge"] == [36]
+    assert all(row["launches"] > 0 and row["decide_ms"] > 0 for row in rows)
     assert json.loads(capsys.readouterr().out)["rows"] == rows
+    assert json.loads((tmp_path / "new" / "rows.json").read_text())["rows"] == rows
+    assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_ops(capsys, tmp_path):
+    main = runpy.run_path(str(SCRIPTS / "bench_ops.py"))["main"]
+    rows = main(["--grid", "4x3x3", "--channels", "16", "--repeat", "1", "--out", str(tmp_path / "ops.json")])
+    fast = [path.parent.name for path in sorted((SCRIPTS.parent / "vidcompress" / "ops").glob("*/torch.py"))]
+    assert list(dict.fromkeys(row["op"].split(",")[0] for row in rows)) == fast
+    assert {row["implementation"] for row in rows} >= {"naive", "torch"}
+    assert all(row["of_naive"] == 1 for row in rows if row["implementation"] == "naive")
+    assert json.loads((tmp_path / "ops.json").read_text())["rows"] == rows
+    with pytest.raises(SystemExit):
+        main(["--implementations", "numpy"])
+    assert "naive, torch, kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-video", "tiny-qwen"])
+def test_bench_prefill(name, tmp_path, capsys):
+    main = runpy.run_path(str(SCRIPTS / "bench_prefill.py"))["main"]
+    sizes = ["--models", name, "--dtype", "float32", "--frames", "8", "--batch", "1,2", "--repeat", "1"]
+    asked = [
+        "--methods",
+        "fastvid,unified",
+        "--retention",
+        "0.3",
+        "--new-tokens",
+        "2",
+        "--out",
+        str(tmp_path / "a.json"),
+    ]
+    rows = main([*sizes, *asked])
+    assert [(row["batch"], row["method"]) for row in rows] == [
+        (batch, method) for batch in (1, 2) for method in ("none", "fastvid", "unified")
+    ]
+    for whole, *short in (rows[:3], rows[3:]):
+        assert whole["speed_up"] == 1 and whole["flops_ratio"] is None and whole["compression_ms"] == 0
+        for row in short:
+            assert row["prompt"] < whole["prompt"] and row["flops_ratio"] > 1 and row["compression_ms"] > 0
+            assert row["kv_cache_mb"] < whole["kv_cache_mb"]
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["rows"] == rows and report["weights"] == "random"
+    assert "weights random" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--models", "gpt"])
+    assert "gpt unknown; accepted: llava-onevision-7b" in capsys.readouterr().err
 
 
 def test_bench_inside(capsys):

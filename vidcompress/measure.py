@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from vidcompress import patches
 from vidcompress.costs import measured_kv_bytes
 from vidcompress.engine.handle import handle_of
 from vidcompress.engine.saliency import synchronise
+from vidcompress.profiling import peak_memory_mb, reset_peak_memory
 from vidcompress.trace import Prompt
 from vidcompress.video import Video, prepare_inputs
 
@@ -67,6 +66,29 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `generate`, its stages timed; milliseconds and MB as in `Result`.
+
+    Attributes:
+        sequences: [B, L] prompt and answer.
+        record: what the engine did; None without compression.
+        generation_ms: everything after the prefill.
+        first_token_ms: from the call to the end of the prefill.
+    """
+
+    sequences: torch.Tensor
+    record: Prompt | None
+    vision_ms: float
+    compression_ms: float
+    prefill_ms: float
+    generation_ms: float
+    first_token_ms: float
+    decode_tokens_per_second: float | None
+    kv_cache_mb: float | None
+    peak_memory_mb: float | None
 
 
 class _Clock:
@@ -141,69 +163,63 @@ def ask(
     inputs = prepare_inputs(processor, video, prompt).to(model.device)
     # Pixels only: Qwen2.5-VL's seconds a frame, rounded to bf16, would move positions.
     typed = {k: v.to(model.dtype) if k.startswith("pixel_values") else v for k, v in inputs.items()}
-    device = next(model.parameters()).device
-    reset_peak_memory(device)
-    with _stages(model) as clock:
-        start = clock.now()
-        output = model.generate(**typed, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
-        end = clock.now()
+    run = timed_generate(model, typed, max_new_tokens)
     length = inputs["input_ids"].shape[1]
-    record = None if handle is None else handle.trace.last
-    if record is None:
-        record = Prompt(length_before=length, length_after=length, layer_lengths=[length])
+    record = run.record or Prompt(length_before=length, length_after=length, layer_lengths=[length])
     before = sum(v.tokens for v in patches.find(model.config).encoded(model, inputs, {}))
-    outer = record.seconds - record.inner_seconds
-    written = output.sequences.shape[1] - length
-    decoding = 0.0 if clock.prefilled is None else end - clock.prefilled
     return Result(
         compression="none" if handle is None else handle.compression.name,
         settings=record.compression,
         head=record.head,
-        answer=processor.batch_decode(output.sequences[:, length:], skip_special_tokens=True)[0].strip(),
+        answer=processor.batch_decode(run.sequences[:, length:], skip_special_tokens=True)[0].strip(),
         frames=len(video.frames),
         tokens_before=before,
         tokens_after=record.after if record.steps else before,
         prompt_before=length,
         prompt_after=record.length_after,
         mean_length=statistics.fmean(record.layer_lengths),
-        new_tokens=written,
+        new_tokens=run.sequences.shape[1] - length,
         decode_ms=1e3 * decode_seconds,
-        vision_ms=1e3 * (clock.vision - record.signal_seconds),
-        compression_ms=1e3 * (record.seconds + record.signal_seconds),
-        prefill_ms=1e3 * (clock.prefill - record.inner_seconds),
-        generation_ms=1e3 * (end - start - clock.vision - outer - clock.prefill),
-        decode_tokens_per_second=(written - 1) / decoding if written > 1 else None,
+        vision_ms=run.vision_ms,
+        compression_ms=run.compression_ms,
+        prefill_ms=run.prefill_ms,
+        generation_ms=run.generation_ms,
+        decode_tokens_per_second=run.decode_tokens_per_second,
+        kv_cache_mb=run.kv_cache_mb,
+        peak_memory_mb=run.peak_memory_mb,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def timed_generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Run:
+    """`model.generate(**inputs)`, greedily, with every stage timed; a compressed model's trace must be on."""
+    handle, device = handle_of(model), next(model.parameters()).device
+    reset_peak_memory(device)
+    with _stages(model) as clock:
+        start = clock.now()
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+        end = clock.now()
+    record = None if handle is None else handle.trace.last
+    inner, total, signals = (
+        (0.0, 0.0, 0.0) if record is None else (record.inner_seconds, record.seconds, record.signal_seconds)
+    )
+    written = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    prefilled = end if clock.prefilled is None else clock.prefilled
+    return Run(
+        sequences=output.sequences,
+        record=record,
+        vision_ms=1e3 * (clock.vision - signals),
+        compression_ms=1e3 * (total + signals),
+        prefill_ms=1e3 * (clock.prefill - inner),
+        generation_ms=1e3 * (end - start - clock.vision - (total - inner) - clock.prefill),
+        first_token_ms=1e3 * (prefilled - start),
+        decode_tokens_per_second=len(output.sequences) * (written - 1) / (end - prefilled) if written > 1 else None,
         kv_cache_mb=_cache_mb(output.past_key_values),
         peak_memory_mb=peak_memory_mb(device),
-        device=str(device),
-        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
 def _cache_mb(cache: Any) -> float | None:
     """Keys and values of a cache; None if there is none."""
     return None if cache is None else sum(measured_kv_bytes(cache)) / 1e6
-
-
-def reset_peak_memory(device: torch.device) -> float | None:
-    """Lets `peak_memory_mb` count from now on; the MB in use now, None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 1e6
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _resident("VmRSS")
-
-
-def peak_memory_mb(device: torch.device) -> float | None:
-    """Most MB since `reset_peak_memory`: allocated on the GPU or resident in the process; None if it is not told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return _resident("VmHWM")
-
-
-def _resident(line: str) -> float | None:
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(entry.split()[1]) / 1e3 for entry in status.splitlines() if entry.startswith(line))
-    return None
