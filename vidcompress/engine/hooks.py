@@ -88,6 +88,7 @@ class Engine:
         self._hooks, self._overrides = [], []
 
     # -- the encoder -------------------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def encode(self, override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `get_video_features` and notes what it encoded, on its output and for the forward it runs in."""
         given = inspect.signature(type(self.base).get_video_features).bind(self.base, *args, **kwargs).arguments
@@ -119,6 +120,7 @@ class Engine:
         return output, Encoding(self.patch.encoded(self.model, given, signals), pipeline, source, seconds)
 
     # -- the base model ----------------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def _base_before(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.local.pending = self.local.running = None
         given: dict[str, Any] = self._base_signature.bind_partial(base, *args, **kwargs).arguments if args else kwargs
@@ -166,6 +168,7 @@ class Engine:
         if count:
             raise ValueError(f"the prompt holds {count} video placeholders but no video: pass pixel_values_videos")
 
+    @torch.compiler.disable
     def _base_after(self, base: nn.Module, args: Any, output: Any) -> None:
         pending, self.local.pending, self.local.running = self.local.pending, None, None
         if not self.local.generating:
@@ -177,6 +180,7 @@ class Engine:
             )
 
     # -- the text decoder --------------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def _decoder_before(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -238,6 +242,7 @@ class Engine:
                 "hooks: they were replaced after compression was applied; remove it and apply it again"
             )
 
+    @torch.compiler.disable
     def _layer_before(
         self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -246,6 +251,7 @@ class Engine:
             return None
         return running.layer(i, layer, args, kwargs)
 
+    @torch.compiler.disable
     def _rotary_before(
         self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -259,6 +265,7 @@ class Engine:
             return args, kwargs
         return (args[0], positions, *args[2:]), kwargs
 
+    @torch.compiler.disable
     def _decoder_after(self, decoder: nn.Module, args: Any, output: Any) -> Any:
         running, self.local.running = self.local.running, None
         before = None if running is None else state_of(running.cache)

@@ -92,6 +92,7 @@ class TowerSignals:
         finally:
             self._local.layer = self._local.wanted = self._local.caught = None
 
+    @torch.compiler.disable
     def _saw(self, layer: int, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._local.layer == layer and name in self._local.wanted:
             self._local.caught[name] = self.caught(name, kwargs, output)

@@ -22,7 +22,7 @@ from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Segments = list[tuple[int, int]]
 
-GROUP_FRAMES = 64
+GROUP_FRAMES = 32
 """Segments that begin within so many frames are worked on together, in fp32 copies."""
 
 

@@ -1,0 +1,54 @@
+"""A compressed model under torch.compile: the same answers, and no end of recompilations. Code is traced, not built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ONE, compress, generate, llava, llava_inputs
+from torch._dynamo.testing import CompileCounter
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method, first", [("infomerge", "compile"), ("hieravid", "compress")])
+def test_a_compiled_model_is_compressed(method, first):
+    model, prompts = llava(), [llava_inputs([ONE], seed=seed) for seed in (0, 1)]
+    with compress(model, method) as handle:
+        expected = [generate(model, prompt) for prompt in prompts]
+        lengths = handle.trace.last.layer_lengths
+    counter = CompileCounter()
+    forward = model.forward
+    if first == "compile":
+        model.forward = torch.compile(forward, backend=counter)
+    with compress(model, method) as handle:
+        if first == "compress":
+            model.forward = torch.compile(forward, backend=counter)
+        for prompt, want in zip(prompts, expected, strict=True):
+            before = counter.frame_count
+            got = generate(model, prompt)
+            assert torch.equal(got.sequences, want.sequences)
+            assert handle.trace.last.layer_lengths == lengths
+            for a, b in zip(got.logits, want.logits, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        assert counter.frame_count == before > 0  # nothing new for another prompt of the same shape
+    inputs = prompts[0]
+    with torch.no_grad():
+        compiled, model.forward = model.forward, forward
+        plain = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_of_many_lengths_compile_a_few_times():
+    model, counter = llava(), CompileCounter()
+    with compress(model, "fastvid"):
+        model.forward = torch.compile(model.forward, backend=counter)
+        seen = []
+        for words in range(1, 6):
+            generate(model, llava_inputs([[5, "V", *range(7, 7 + words)]]))
+            seen.append(counter.frame_count)
+    assert seen[-1] == seen[2], seen  # the lengths have become symbols
