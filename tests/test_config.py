@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ def test_numbers_are_taken_as_the_field_wants_them() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_survive_yaml(name: str, written: Callable[..., Path]) -> None:
     # The ratio is one where a preset would change other settings if they were not written down.
-    ratios = (0.25, 0.3) if name == "pyramiddrop" else (0.05, 0.15)
+    least = {f.name: f.metadata["low"] for f in fields(list_methods()[name])}["retention_ratio"]
+    ratios = (least, 0.3) if least else (0.05, 0.15)
     for method in (load(name), load(name, retention_ratio=ratios[0]), list_methods()[name](retention_ratio=ratios[1])):
         text = yaml.safe_dump({"method": name} | method.settings())
         assert load(written(text)) == method

@@ -1,0 +1,162 @@
+"""DyCoke's temporal merging against recorded runs of its official code, and what the library promises beyond it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import ONE, compress, generate, llava, llava_inputs, video_grid
+
+import vidcompress
+from vidcompress.method import floor
+from vidcompress.methods.dycoke import DyCoke
+from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+
+PROJECTOR = Site.projector()
+FILE = Path(__file__).parent / "golden" / "baselines" / "dycoke.safetensors"
+GRIDS = [(t, 2, 5) for t in range(1, 14)] + [(32, 3, 3), (6, 1, 1)]
+
+with safe_open(FILE, "pt") as file:
+    CASES = json.loads(file.metadata()["cases"])
+    TENSORS = {name: file.get_tensor(name) for name in file.keys()}
+
+
+def clip(grid: Grid, seed: int = 0) -> VideoTokens:
+    """Eight channels of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return VideoTokens(torch.randn(grid[0] * grid[1] * grid[2], 8, generator=generator), grid)
+
+
+def per_frame(reduction: Reduction, grid: Grid) -> list[int]:
+    return (reduction.keep // (grid[1] * grid[2])).bincount(minlength=grid[0]).tolist()
+
+
+# -- recorded runs -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("implementation", ["torch", "naive"])
+@pytest.mark.parametrize("name", CASES)
+def test_as_recorded(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
+    features, params = TENSORS[f"{name}.in.features"], CASES[name]["params"]
+    grid = (*features.shape[:2], 1)
+    method = DyCoke(k=params["k"], official=True)
+    reduction = method.decide(VideoTokens(features.flatten(0, 1), grid), PROJECTOR)
+    assert torch.equal(reduction.keep, TENSORS[f"{name}.out.index_ascending"].long())
+    assert per_frame(reduction, grid) == TENSORS[f"{name}.out.count_per_frame"].tolist()
+    assert method.exact and len(reduction) == method.budget(grid) == CASES[name]["facts"]["n_tokens"]
+    # The code orders a pruned frame by similarity; the set and the vectors are the same.
+    order = TENSORS[f"{name}.out.index"].long().argsort()
+    assert torch.equal(reduction.apply(features.flatten(0, 1)), TENSORS[f"{name}.out.tokens"][order])
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+def turned(*angles: list[float]) -> VideoTokens:
+    """Tokens of the plane, given by their angles in degrees: a list for every frame."""
+    a = torch.deg2rad(torch.tensor(angles))
+    return VideoTokens(torch.stack([a.cos(), a.sin()], -1).flatten(0, 1), (len(angles), 1, len(angles[0])))
+
+
+def test_by_hand() -> None:
+    # P = 3, K = 2/3: one token of every pruned frame. Frame 1 turned most against 0 at position 1. Frame 2 against 0:
+    # 5, 61 and 80 degrees, position 2 (against frame 1 it is 5, 81 and 70, position 1). Frame 3 against 2: position 0
+    # (against frame 0 it is position 2). Frame 5 against 4: position 1. Frame 6 against 4: position 0, although
+    # against frame 5 it is position 1.
+    tokens = turned(
+        [0, 0, 0], [0, 20, 10], [5, -61, 80], [65, -61, 80],
+        [0, 0, 0], [0, 90, 3], [30, 0, 0],
+    )  # fmt: skip
+    reduction = DyCoke(k=2 / 3).decide(tokens, PROJECTOR)
+    assert reduction.keep.tolist() == [0, 1, 2, 4, 8, 9, 12, 13, 14, 16, 18]
+    assert reduction.slot is None
+
+
+def test_official_by_hand() -> None:
+    # Of seven frames the last is lost, and then the third frame of the last window would have none behind its pair.
+    assert DyCoke(k=0.5, official=True).frame_budgets((7, 1, 4)) == [4, 2, 2, 2, 4, 2, 0]
+    assert DyCoke(k=0.5).frame_budgets((7, 1, 4)) == [4, 2, 2, 2, 4, 2, 2]
+    assert DyCoke(k=0.5, official=True).frame_budgets((8, 1, 4)) == [4, 2, 2, 2, 4, 2, 4, 2]
+    assert DyCoke(k=0.5).frame_budgets((8, 1, 4)) == [4, 2, 2, 2, 4, 2, 2, 2]
+    # 1 - .9 is .09999999999999998: of ten the code keeps none.
+    assert DyCoke(k=0.9, official=True).frame_budgets((2, 1, 10)) == [10, 0]
+    assert DyCoke(k=0.9).frame_budgets((2, 1, 10)) == [10, 1]
+    # It stops at four frames; one frame alone is not lost.
+    assert DyCoke(k=0.5, official=True).frame_budgets((1, 1, 4)) == [4]
+
+
+# -- what the library promises -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+def test_counts_are_exact(grid: Grid) -> None:
+    t, p = grid[0], grid[1] * grid[2]
+    tokens = clip(grid)
+    for ratio in (0.25, 0.3, 0.475, 0.5, 0.77, 0.999, 1.0):
+        method = DyCoke(retention_ratio=ratio)
+        reduction = method.decide(tokens, PROJECTOR)
+        counts = per_frame(reduction, grid)
+        assert len(reduction) == method.budget(grid) == max(-(-t // 4) * p, floor(ratio * t * p))
+        assert counts == method.frame_budgets(grid) and set(counts[::4]) == {p}
+        others = [count for f, count in enumerate(counts) if f % 4]
+        assert not others or max(others) - min(others) <= 1
+    assert DyCoke(retention_ratio=1.0).decide(tokens, PROJECTOR).is_identity
+    for k in (0.0, 0.3, 0.7, 1.0):
+        for official in (False, True):
+            method = DyCoke(k=k, official=official)
+            assert len(method.decide(tokens, PROJECTOR)) == method.budget(grid)
+
+
+def test_k_and_the_ratio_are_two_names_of_one_thing() -> None:
+    assert DyCoke(k=0.7).retention_ratio == pytest.approx(0.475)
+    for k in (0.3, 0.5, 0.7):
+        by_ratio = DyCoke(retention_ratio=1 - 0.75 * k).frame_budgets((8, 10, 10))
+        assert by_ratio == DyCoke(k=k).frame_budgets((8, 10, 10)) == [100, *[round(100 * (1 - k))] * 3] * 2
+    # The same holds of the official counts, whichever of the two is given.
+    for given in (DyCoke(k=0.5, official=True), DyCoke(retention_ratio=0.625, official=True)):
+        assert given.frame_budgets((8, 10, 10)) == [100, 50, 50, 50, 100, 50, 100, 50]
+
+
+@pytest.mark.parametrize("kind", ["still", "one token", "zero"])
+def test_where_nothing_changes_the_first_tokens_stay(kind: str) -> None:
+    grid = (6, 2, 3)
+    features = {"still": clip((1, 2, 3)).features.repeat(6, 1), "one token": torch.ones(36, 8)}.get(kind)
+    tokens = VideoTokens(torch.zeros(36, 8) if features is None else features, grid)
+    reduction = DyCoke(k=0.5).decide(tokens, PROJECTOR)
+    want = [f * 6 + i for f in range(6) for i in range(3 if f % 4 else 6)]
+    assert reduction.keep.tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_dtype_is_storage_only(dtype: torch.dtype) -> None:
+    tokens = clip((9, 4, 4))
+    stored = replace(tokens, features=tokens.features.to(dtype))
+    first, again = (DyCoke(retention_ratio=0.4).decide(stored, PROJECTOR) for _ in range(2))
+    exact = DyCoke(retention_ratio=0.4).decide(replace(tokens, features=stored.features.float()), PROJECTOR)
+    assert torch.equal(first.keep, again.keep) and torch.equal(first.keep, exact.keep)
+    assert torch.equal(first.apply(stored.features), stored.features[first.keep])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"retention_ratio": 0.2}, ValueError, r"retention_ratio must be in \[0.25, 1\], got 0.2"),
+        ({"k": 1.2}, ValueError, r"k must be in \[0, 1\], got 1.2"),
+        ({"k": -0.1}, ValueError, "k must be in"),
+        ({"official": 1}, TypeError, "official must be of type bool, got 1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        vidcompress.load("dycoke", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"retention_ratio": 0.5}, {"k": 0.7, "official": True}], ids=["ratio", "code"])
+def test_on_a_model(settings: dict[str, Any]) -> None:
+    model, inputs = llava(), llava_inputs([ONE])
+    grid = video_grid(6)
+    with compress(model, "dycoke", **settings) as handle:
+        generate(model, inputs, 3)
+        (step,) = handle.trace.last.steps
+        budget = vidcompress.load("dycoke", **settings).budget(grid)
+        assert (step.grid, step.before, step.after) == (grid, 24, budget) and budget < 24
