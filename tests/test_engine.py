@@ -50,7 +50,7 @@ def decoder_inputs(model: Any, **call: Any) -> list[Tensor]:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [*list_methods(), "toy"])
 def test_keeping_all_is_bit_identical(name, attn):
-    inner = {"keep_ratio": 1.0} if name == "unified" else {}
+    inner = {"keep_ratio": 1.0} if hasattr(list_methods().get(name), "keep_ratio") else {}
     method = Mix(retention_ratio=1) if name == "toy" else load(name, retention_ratio=1.0, **inner)
     plain, model, handle = pair(method, attn=attn)
     inputs = llava_inputs([ONE, TWO])

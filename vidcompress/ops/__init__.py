@@ -20,6 +20,7 @@ from vidcompress.ops.segment_frames import segment_frames
 from vidcompress.ops.select_in_turn import select_in_turn
 from vidcompress.ops.spectral_entropy import spectral_entropy
 from vidcompress.ops.standardise import standardise
+from vidcompress.ops.steady_positions import steady_positions
 from vidcompress.ops.text_attention import text_attention
 from vidcompress.ops.top_tokens import top_tokens
 
@@ -42,6 +43,7 @@ __all__ = [
     "select_in_turn",
     "spectral_entropy",
     "standardise",
+    "steady_positions",
     "text_attention",
     "top_tokens",
 ]
