@@ -58,6 +58,8 @@ def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
             names = method.needs & {"text_attention", "last_query_attention", "last_query_attention.previous"}
             signals = {name: torch.rand(len(index), generator=draw).to(index.device) for name in names}
             signals["text_hidden"], signals["last_text_hidden"] = features[:48], features[-1]
+            if "text_attention.heads" in method.needs:
+                signals["text_attention.heads"] = torch.rand(28, 48, len(index), generator=draw).to(index.device)
         seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, notes, entered)
         reduction = method.decide(seen, site)
         reductions.append(reduction)

@@ -56,6 +56,7 @@ def video(features: Tensor, grid: Grid, attention: Tensor | None = None, frames:
     frames = features.float().view(grid[0], n // grid[0], -1).mean(1) if frames is None else frames
     kinds = ("saliency.head", "saliency.received", "text_attention", "last_query_attention")
     signals = dict.fromkeys((*kinds, "last_query_attention.previous"), attention)
+    signals["text_attention.heads"] = attention * torch.tensor([[[0.5]], [[1.0]]], dtype=attention.dtype)  # [2, 1, n]
     signals |= {"frame_features": frames, "text_hidden": randn(5, channels, seed=18).to(features.dtype)}
     signals["last_text_hidden"] = signals["text_hidden"][-1]
     return VideoTokens(features, grid, signals=signals)
@@ -130,7 +131,7 @@ def walk(compression: Method | Pipeline, tokens: VideoTokens, depth: int = 28) -
     notes: dict[str, dict[str, Any]] = {}
     for site, method in Pipeline.of(compression).stages(depth).items():
         earlier = notes.get(method.name, {})
-        signals = {key: s if key in WHOLE else s[index] for key, s in tokens.signals.items()}
+        signals = {key: s if key in WHOLE else s[..., index] for key, s in tokens.signals.items()}
         seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, earlier, entered)
         reduction = method.decide(seen, site)
         yield Step(method, site, seen, reduction)

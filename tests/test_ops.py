@@ -138,6 +138,7 @@ def examples() -> dict[str, tuple[Any, ...]]:
             torch.tensor([16, 5, 15]),
             torch.arange(2, 15),
         ),
+        "window_change": (tokens,),
     }
 
 

@@ -63,7 +63,9 @@ class HoliTomOuter(Method):
         for (start, end), own, count in zip(windows, static, kept, strict=True):
             if count:
                 position = own.nonzero().squeeze(1)
-                centre, weight = self._clusters(x[start:end, position].float().mean(0), count)
+                frames = (x[f, position].float() for f in range(start, end))
+                mean = sum(frames, torch.zeros((), device=x.device)) / (end - start)
+                centre, weight = self._clusters(mean, count)
                 keep[start, position[centre.unique()]] = True
                 source = torch.arange(start, end, device=x.device)[:, None] * p + position  # [L, n]
                 survivor = (start * p + position[centre]).repeat(end - start)
@@ -81,9 +83,7 @@ class HoliTomOuter(Method):
             if not any(counts):  # the code would hand on nothing
                 counts[sizes.index(max(sizes))] = 1
             return counts[: len(static)], counts[len(static) :]
-        budget = self.budget(grid)
-        least = [min(1, n) for n in sizes]
-        shares = ops.apportion(budget, sizes, sizes, least if sum(least) <= budget else None)
+        shares = ops.fair_shares(self.budget(grid), sizes)
         return shares[: len(static)], shares[len(static) :]
 
     def _clusters(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:

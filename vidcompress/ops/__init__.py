@@ -10,6 +10,7 @@ from vidcompress.ops.column_mean_attention import column_mean_attention
 from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.dpp_map import dpp_map
+from vidcompress.ops.fair_shares import fair_shares
 from vidcompress.ops.frame_change import frame_change
 from vidcompress.ops.max_cosine import max_cosine
 from vidcompress.ops.merge import merge
@@ -23,6 +24,7 @@ from vidcompress.ops.standardise import standardise
 from vidcompress.ops.steady_positions import steady_positions
 from vidcompress.ops.text_attention import text_attention
 from vidcompress.ops.top_tokens import top_tokens
+from vidcompress.ops.window_change import window_change
 
 __all__ = [
     "adjacent_difference",
@@ -33,6 +35,7 @@ __all__ = [
     "cosine_fingerprint",
     "density_peaks",
     "dpp_map",
+    "fair_shares",
     "frame_change",
     "max_cosine",
     "merge",
@@ -46,4 +49,5 @@ __all__ = [
     "steady_positions",
     "text_attention",
     "top_tokens",
+    "window_change",
 ]
