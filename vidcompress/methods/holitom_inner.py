@@ -1,6 +1,8 @@
 """Inner half of HoliTom: at decoder layer K keep what the prompt's last token attends to, and merge the others into it.
 
-Each of the others, in their order, is averaged with the kept token that it is most like: the later one weighs more.
+Each of the others, in their order, is averaged with the kept token that it is most like: the later one weighs more. On
+its own it compares half of all tokens with the other half, in two to three times the time of FastVID; behind the outer
+half that is next to nothing.
 """
 
 from __future__ import annotations
