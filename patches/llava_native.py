@@ -44,6 +44,11 @@ class LlavaNativePatch(Patch):
             raise ValueError("the vision tower of this model is not loaded; use load_pretrained_model")
         if "siglip" not in type(self._tower(model)).__name__.lower():
             raise ValueError(f"the vision tower is a {type(self._tower(model)).__name__}; only SigLIP towers are known")
+        if getattr(model.config, "use_sliding_window", False):
+            raise ValueError(
+                "use_sliding_window=True: a window counts stored tokens, and compression changes their number; only "
+                "full attention is supported"
+            )
         if getattr(model.config, "add_faster_video", False):
             raise ValueError("add_faster_video=True mixes tokens of two poolings; only False is known")
 

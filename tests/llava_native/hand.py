@@ -141,7 +141,7 @@ class Hand:
                     hidden[place],
                     video.grid,
                     video.index if site.is_inner else None,
-                    {name: signals[name] for name in method.needs},
+                    {name: signals[name] for name in method.needs & signals.keys()},
                     video.notes.get(method.name, {}),
                     video.entered,
                 )
@@ -232,7 +232,8 @@ def read(model: Any, prompt: Prompt) -> Hand:
             is_text[: here[-1] + 1] = False
             column += len(newline)
         else:
-            length = 27 * 27 + 1  # one tile: its patches and a newline
+            # one tile: its patches and a newline; otherwise an overview, and a tile with a newline after every row
+            length = 27 * 27 + (1 if pixels.ndim == 3 else 27 * 28)
             is_text[column : column + length] = False
             column += length
     assert column == embeds.shape[1]
@@ -273,7 +274,7 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(model: Any, prompt: Prompt, method: Method | Pipeline, steps: int = 4) -> Answer:
+def answer(model: Any, prompt: Prompt, method: Method | Pipeline, steps: int = 3) -> Answer:
     """Of one row without padding."""
     hand = read(model, prompt)
     if hand.videos:
@@ -281,9 +282,9 @@ def answer(model: Any, prompt: Prompt, method: Method | Pipeline, steps: int = 4
     tokens: list[int] = []
     logits = []
     for _ in range(steps):
-        logits.append(model.lm_head(hand.run(tokens)[1][0, -1]).float())
-        tokens.append(int(logits[-1].argmax()))
-    return Answer(torch.tensor(tokens), torch.stack(logits), model.lm_head(hand.run()[1][0]), hand)
+        logits.append(model.lm_head(hand.run(tokens)[1][0]).float())
+        tokens.append(int(logits[-1][-1].argmax()))
+    return Answer(torch.tensor(tokens), torch.stack([each[-1] for each in logits]), logits[0], hand)
 
 
 @torch.no_grad()

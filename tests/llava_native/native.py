@@ -20,6 +20,7 @@ from llava.model.multimodal_encoder import siglip_encoder
 from torch import Tensor, nn
 
 import vidcompress
+from vidcompress.method import Pipeline
 
 VOCABULARY = 200
 PAD, EOS, IMAGE, VIDEO = 0, 1, 190, 191  # the last two serve transformers' own model of the same weights only
@@ -39,6 +40,25 @@ Text = Sequence["int | str"]
 ONE: Text = [5, 6, "V", 7, 8, 9]
 TWO: Text = [5, "V", 17, 18, "V", 9, 10, 11]
 LATE: Text = [30, 31, 32, 33, 34, 35, 36, "V", 37, 38]
+WORDS: Text = [12, 13, 14]
+
+COMPRESSIONS: dict[str, list[dict[str, Any]]] = {
+    "infomerge": [{"method": "infomerge", "retention_ratio": 0.3, "dyseg_c": 2}],
+    "fastvid": [{"method": "fastvid", "retention_ratio": 0.3, "dyseg_c": 2}],
+    "fastvid official": [{"method": "fastvid", "retention_ratio": 0.3, "dyseg_c": 2, "official": True}],
+    "uniform_tokens": [{"method": "uniform_tokens", "retention_ratio": 0.05}],
+    "unified_pool": [{"method": "unified_pool", "retention_ratio": 0.2}],
+    "fastv": [{"method": "fastv", "retention_ratio": 0.3}],
+    "pyramiddrop": [{"method": "pyramiddrop"}],
+    "text_aware_merge": [{"method": "text_aware_merge", "retention_ratio": 0.3}],
+    "hieravid": [{"method": "hieravid", "retention_ratio": 0.3}],
+    "unified": [{"method": "unified", "retention_ratio": 0.3}],
+    "infomerge and text_aware_merge": [
+        {"method": "infomerge", "retention_ratio": 0.3, "dyseg_c": 2},
+        {"method": "text_aware_merge"},
+    ],
+}
+"""Before the LLM, inside it, and at both places; few segments, because the videos are short."""
 
 TOLERANCE: dict[str, float] = {"atol": 2e-4, "rtol": 1e-3}
 """For logits in fp32 that were summed in another order; the tiny models' logits are of size 1 to 10."""
@@ -127,10 +147,22 @@ def plain(pool: str = "average", newline: str = "grid", attn: str = "sdpa") -> L
     return build(pool, newline, attn)
 
 
-def compress(model: nn.Module, method: Any, **settings: Any) -> vidcompress.Handle:
-    """`vidcompress.apply` without the warning that no SigLIP head fits the tiny towers."""
+def compression(name: str, **settings: Any) -> Pipeline:
+    """One of `COMPRESSIONS` as models of the package have it, further settings for each of its methods."""
+    return Pipeline([vidcompress.load(each | settings) for each in COMPRESSIONS[name]]).on("llava_qwen")
+
+
+@contextmanager
+def without_head() -> Iterator[None]:
+    """Silences the warning that no SigLIP head fits the tiny towers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*takes its saliency from SigLIP's pooling head", UserWarning)
+        yield
+
+
+def compress(model: nn.Module, method: Any, **settings: Any) -> vidcompress.Handle:
+    """`vidcompress.apply` without that warning."""
+    with without_head():
         return vidcompress.apply(model, method, **settings)
 
 
@@ -142,7 +174,7 @@ class Prompt:
     Attributes:
         ids: [B, L], `HERE` where an image or a video goes.
         mask: [B, L], or None.
-        images: a video [F, 3, S, S] or an image [3, S, S] each, in the order of the rows.
+        images: a video [F, 3, S, S], an image [3, S, S] or its tiles [T, 3, S, S] each, in the order of the rows.
         kinds: "video" or "image" for each.
     """
 
@@ -173,10 +205,11 @@ class Prompt:
         return Prompt(ids[None], None, self.images[items], self.kinds[items])
 
 
-def prompt(texts: Sequence[Text], side: str = "right", frames: int = FRAMES, seed: int = 0) -> Prompt:
+def prompt(texts: Sequence[Text], side: str = "right", frames: int = FRAMES, tiles: int = 1, seed: int = 0) -> Prompt:
     """A batch of prompts padded on one side. A video shows two scenes with some noise, as in the other tests.
 
-    A row without image and video gets a dummy, as the package wants it, if another row has one.
+    A row without image and video gets a dummy, as the package wants it, if another row has one. An image of two tiles
+    is an overview and one tile of the same size.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -191,7 +224,8 @@ def prompt(texts: Sequence[Text], side: str = "right", frames: int = FRAMES, see
             kinds.append("image")
         for mark in marks:
             scene = torch.arange(frames) * 2 // frames
-            images.append(random(2)[scene] + 0.2 * random(frames) if mark == "V" else random())
+            image = random() if tiles == 1 else random(tiles)
+            images.append(random(2)[scene] + 0.2 * random(frames) if mark == "V" else image)
             kinds.append("video" if mark == "V" else "image")
     rows = [[HERE if isinstance(x, str) else x for x in text] for text in texts]
     longest = max(map(len, rows))
@@ -210,7 +244,7 @@ def logits(model: Any, given: Prompt) -> Tensor:
     return model(given.ids, **given.given).logits
 
 
-def generate(model: Any, given: Prompt, steps: int = 4, **kwargs: Any) -> Any:
+def generate(model: Any, given: Prompt, steps: int = 3, **kwargs: Any) -> Any:
     """`model.generate`, greedy unless told otherwise: `.sequences`, `.logits` and `.past_key_values`."""
     defaults = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     return model.generate(given.ids, **given.given, **defaults | kwargs, max_new_tokens=steps)

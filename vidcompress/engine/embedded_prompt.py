@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +24,11 @@ PLACEHOLDER = -200
 
 def kinds(arguments: Mapping[str, Any]) -> list[str]:
     """ "video" or "image" for every item of `images`, from a call of `prepare_inputs_labels_for_multimodal`."""
-    given = arguments.get("modalities", ["image"])
+    images, given = arguments["images"], arguments.get("modalities", ["image"])
+    if torch.is_tensor(images) and images.ndim != 5:
+        return ["image"] * len(images)  # whatever the modalities: the package pools nothing then
     given = [given] if isinstance(given, str) else list(given)
-    count = len(arguments["images"])
-    return [given[i] if i < len(given) else "image" for i in range(count)]
+    return [given[i] if i < len(given) else "image" for i in range(len(images))]
 
 
 class PreparePrompt(Override):
@@ -60,17 +62,15 @@ class PreparePrompt(Override):
         for row, mine in enumerate(ids):
             mine = mine if given is None else mine[given[row].bool()]
             starts = (mine == PLACEHOLDER).nonzero().squeeze(1).tolist()
-            if not starts:
-                next(items, None)  # the package gives a row without any a dummy
+            spans = self._spans(row, len(starts), items, lengths)
+            if spans.count(None) == len(spans):
                 continue
-            spans = [next(lengths) if next(items) == "video" else None for _ in starts]
             total = len(mine) - len(starts) + sum(span or 0 for span in spans)
             if None in spans:
-                total = self._row_length(row, output)
-                rest = total - (len(mine) - len(starts)) - sum(span or 0 for span in spans)
                 if spans.count(None) > 1:
                     raise ValueError("a prompt with a video holds several images; give at most one image beside videos")
-                spans[spans.index(None)] = -rest
+                spans[spans.index(None)] = total - self._row_length(row, output)
+                total = self._row_length(row, output)
             if total > embeds.shape[1]:
                 raise ValueError(
                     f"the prompt of row {row} has {total} tokens and was cut to {embeds.shape[1]} "
@@ -85,12 +85,29 @@ class PreparePrompt(Override):
                 column += abs(span)
         return where, images
 
+    def _spans(self, row: int, places: int, items: Iterator[str], lengths: Iterator[int]) -> list[int | None]:
+        """Tokens of the videos that go to the places of a row; None for an image."""
+        mine = list(itertools.islice(items, max(1, places)))  # the package gives a row without any a dummy
+        if not places and "video" in mine:
+            raise ValueError(f"row {row} holds no video, and its dummy in `images` is one; give it an image as dummy")
+        if len(mine) < places:
+            raise ValueError(
+                f"row {row} has {places} placeholders for images and videos, and `images` holds {len(mine)} for it"
+            )
+        return [next(lengths) if kind == "video" else None for kind in mine[:places]]
+
     def _row_length(self, row: int, output: tuple[Any, ...]) -> int:
-        """Tokens of a row of the embedded prompt."""
+        """Tokens of a row of the embedded prompt, of which an image makes known no length of its own."""
         mask, embeds = output[2], output[4]
         if mask is None and len(embeds) > 1:
             raise ValueError("several prompts with images beside videos need an attention_mask")
-        return embeds.shape[1] if mask is None else int(mask[row].sum())
+        length = embeds.shape[1] if mask is None else int(mask[row].sum())
+        if length == getattr(self.owner.config, "tokenizer_model_max_length", None):
+            raise ValueError(
+                f"the prompt of row {row} fills all {length} places (tokenizer_model_max_length) and may have been "
+                "cut; a video beside an image must leave a place free"
+            )
+        return length
 
 
 class FreshGenerate(Override):
