@@ -11,6 +11,7 @@ from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.dpp_map import dpp_map
 from vidcompress.ops.fair_shares import fair_shares
+from vidcompress.ops.farthest_points import farthest_points
 from vidcompress.ops.frame_change import frame_change
 from vidcompress.ops.max_cosine import max_cosine
 from vidcompress.ops.merge import merge
@@ -36,6 +37,7 @@ __all__ = [
     "density_peaks",
     "dpp_map",
     "fair_shares",
+    "farthest_points",
     "frame_change",
     "max_cosine",
     "merge",
