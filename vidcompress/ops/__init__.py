@@ -6,6 +6,7 @@ from vidcompress.ops.adjacent_difference import adjacent_difference
 from vidcompress.ops.anchor_budgets import anchor_budgets
 from vidcompress.ops.anchor_merge import anchor_merge
 from vidcompress.ops.apportion import apportion
+from vidcompress.ops.bipartite_match import bipartite_match
 from vidcompress.ops.column_mean_attention import column_mean_attention
 from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
 from vidcompress.ops.density_peaks import density_peaks
@@ -32,6 +33,7 @@ __all__ = [
     "anchor_budgets",
     "anchor_merge",
     "apportion",
+    "bipartite_match",
     "column_mean_attention",
     "cosine_fingerprint",
     "density_peaks",
