@@ -25,7 +25,8 @@ class EncodedVideo:
         grid: (t, h, w) of its tokens for the decoder.
         line: how many of its tokens a newline token follows, each time; 0 if none does. A newline stays as long as a
             token of its line does (docs/decisions.md, D5).
-        signals: by name, what the tower was asked for: `frame_features` [t, F], saliency [t, h * w].
+        signals: by name, what the tower was asked for: `frame_features` [t, F], saliency [t, h * w], `tower_keys`
+            [t, h * w, D].
     """
 
     grid: Grid

@@ -26,7 +26,7 @@ VERSIONS = ((4, 48), (4, 50))
 
 class LlavaNativePatch(Patch):
     model_types = ("llava_qwen",)
-    provides = frozenset({"frame_features", "saliency.head", "saliency.received"})
+    provides = frozenset({"frame_features", "saliency.head", "saliency.received", "tower_keys"})
 
     def check(self, model: nn.Module) -> None:
         """ValueError for a model or a transformers that this patch does not know."""

@@ -15,7 +15,7 @@ from vidcompress.engine.saliency import SiglipSignals, TowerSignals
 
 class LlavaOnevisionPatch(Patch):
     model_types = ("llava_onevision",)
-    provides = frozenset({"frame_features", "saliency.head", "saliency.received"})
+    provides = frozenset({"frame_features", "saliency.head", "saliency.received", "tower_keys"})
     anchors = (*Patch.anchors, "vision_tower.encoder.layers", "apply_pooling")
 
     def frame_grid(self, config: Any) -> tuple[int, int] | None:
@@ -39,7 +39,7 @@ class LlavaOnevisionPatch(Patch):
             EncodedVideo(
                 grid=(frames, *frame),
                 line=self.newline_line(model, frames * math.prod(frame)),
-                signals={name: s.view(videos, frames, -1)[v] for name, s in signals.items()},
+                signals={name: s.unflatten(0, (videos, frames))[v] for name, s in signals.items()},
             )
             for v in range(videos)
         ]

@@ -17,7 +17,7 @@ from vidcompress.engine.saliency import MergedPatchSignals, TowerSignals
 
 class Qwen2VLPatch(Patch):
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-    provides = frozenset({"frame_features", "saliency.head", "saliency.received"})
+    provides = frozenset({"frame_features", "saliency.head", "saliency.received", "tower_keys"})
     anchors = (*Patch.anchors, "visual.blocks")
     rotary_axes = 3
     has_siglip = False
@@ -47,7 +47,7 @@ class Qwen2VLPatch(Patch):
         sizes = [t * h * w for t, h, w in grid]
         parts = {name: s.split(sizes) for name, s in signals.items()}
         return [
-            EncodedVideo(g, signals={name: part[v].view(g[0], -1) for name, part in parts.items()})
+            EncodedVideo(g, signals={name: part[v].unflatten(0, (g[0], -1)) for name, part in parts.items()})
             for v, g in enumerate(grid)
         ]
 

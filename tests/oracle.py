@@ -343,14 +343,29 @@ def tower_signals(model: Any, pixels: Tensor, layer: int = -1) -> list[dict[str,
     videos, frames = pixels.shape[:2]
     tower = copy.deepcopy(model.model.vision_tower)
     tower.set_attn_implementation("eager")
-    attention = tower(pixels.flatten(0, 1), output_attentions=True).attentions[layer]  # [F, heads, patches, patches]
+    output = tower(pixels.flatten(0, 1), output_attentions=True, output_hidden_states=True)
+    attention = output.attentions[layer]  # [F, heads, patches, patches]
     received = model.model.apply_pooling(attention.mean((1, 2))[..., None]).view(videos, -1)
+    keys = model.model.apply_pooling(tower_keys(tower.encoder.layers[layer], output.hidden_states[:-1][layer]))
+    keys = keys.reshape(videos, -1, keys.shape[-1])
     _, newline = layout(model, pixels)
     means = video_features(model, pixels)[:, ~newline].unflatten(1, (frames, -1)).mean(2)
     return [
-        {"frame_features": means[v], "saliency.head": received[v], "saliency.received": received[v]}
+        {
+            "frame_features": means[v],
+            "saliency.head": received[v],
+            "saliency.received": received[v],
+            "tower_keys": keys[v],
+        }
         for v in range(videos)
     ]
+
+
+def tower_keys(layer: Any, entering: Tensor) -> Tensor:
+    """[F, patches, D] mean over heads of the keys that a layer of SigLIP or CLIP makes of what enters it."""
+    projection = layer.self_attn.k_proj
+    keys = layer.layer_norm1(entering) @ projection.weight.T + projection.bias
+    return torch.stack(keys.chunk(layer.self_attn.num_heads, -1)).mean(0)
 
 
 def decoder_signals(

@@ -118,7 +118,7 @@ def tower_signals(model: Any, inputs: Inputs) -> list[dict[str, Tensor]]:
     """Saliency of every video, each alone, from the full attention of the tower's last block that sees whole frames.
 
     A token is four patches: `received` is the mean of their column means, `head` the attention that a frame's mean
-    query pays to the token's mean key.
+    query pays to the token's mean key, `tower_keys` the mean of their keys over the heads.
     """
     tower = copy.deepcopy(model.model.visual)
     number = max(getattr(tower, "fullatt_block_indexes", [len(tower.blocks) - 1]))
@@ -166,7 +166,13 @@ def _saliency(attn: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], frames: 
         received.append(weights.mean((0, 1)).view(-1, 4).mean(1))
         pooled = k.unflatten(1, (-1, 4)).mean(2)
         head.append((pooled @ q.mean(1)[..., None] * attn.scaling)[..., 0].softmax(-1).mean(0))
-    return {"saliency.received": torch.cat(received)[back], "saliency.head": torch.cat(head)[back]}
+    keys = attn.qkv(hidden).chunk(3, -1)[1]  # before rotation
+    keys = torch.stack(keys.chunk(attn.num_heads, -1)).mean(0).view(-1, 4, keys.shape[-1] // attn.num_heads).mean(1)
+    return {
+        "saliency.received": torch.cat(received)[back],
+        "saliency.head": torch.cat(head)[back],
+        "tower_keys": keys[back],
+    }
 
 
 def _half_turn(x: Tensor) -> Tensor:

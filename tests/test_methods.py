@@ -59,6 +59,7 @@ def video(features: Tensor, grid: Grid, attention: Tensor | None = None, frames:
     signals["text_attention.heads"] = attention * torch.tensor([[[0.5]], [[1.0]]], dtype=attention.dtype)  # [2, 1, n]
     signals |= {"frame_features": frames, "text_hidden": randn(5, channels, seed=18).to(features.dtype)}
     signals["last_text_hidden"] = signals["text_hidden"][-1]
+    signals["tower_keys"] = randn(n, 6, seed=19).to(features.dtype)
     return VideoTokens(features, grid, signals=signals)
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from tiny import METHODS, ONE, TWO, generate, step_logits
+from tiny import METHODS, ONE, TWO, Prune, generate, step_logits
 from tiny_next_video import TOKENS, next_inputs, next_video
 from torch import Tensor
 from torch.nn import functional
 
 import vidcompress
 from vidcompress import patches
+
+
+class Keyed(Prune):
+    """Asks for the tower's keys."""
+
+    needs = frozenset({"tower_keys"})
 
 
 def shortened(model: Any, inputs: dict[str, Tensor], handle: Any, positions: str) -> Tensor:
@@ -65,6 +72,22 @@ def test_received_is_what_patches_receive_in_the_selected_layer():
         signals = model.model.get_video_features(pixels).vidcompress.videos[0].signals
     torch.testing.assert_close(signals["saliency.head"], expected, rtol=1e-4, atol=1e-7)
     assert "frame_features" not in signals  # the mean of each frame's tokens stands in
+
+
+@torch.no_grad()
+def test_keys_are_those_of_the_selected_layer_without_the_class_token():
+    model, inputs = next_video(), next_inputs([ONE])
+    pixels = inputs["pixel_values_videos"]
+    seen: list[Tensor] = []
+    layer = model.model.vision_tower.encoder.layers[model.config.vision_feature_layer]
+    hook = layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    model.model.get_video_features(pixels)
+    hook.remove()
+    patches_of = oracle.tower_keys(layer, seen[0])[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    expected = functional.avg_pool2d(patches_of, 2).flatten(2).transpose(1, 2)
+    with vidcompress.apply(model, Keyed()):
+        signals = model.model.get_video_features(pixels).vidcompress.videos[0].signals
+    torch.testing.assert_close(signals["tower_keys"], expected, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

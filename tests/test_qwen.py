@@ -34,7 +34,7 @@ MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 START, END, IMAGE, VIDEO = 2, 3, 4, 5  # after <pad> and <eos>
 VOCABULARY = 320
 MERGE, CHANNELS = 2, 3 * 2 * 14 * 14  # of a patch over two frames
-SIGNALS = frozenset({"frame_features", "saliency.head", "saliency.received"})
+SIGNALS = frozenset({"frame_features", "saliency.head", "saliency.received", "tower_keys"})
 Grids = list[tuple[int, int, int]]
 GRIDS: Grids = [(4, 4, 6), (3, 6, 10), (1, 10, 6), (2, 2, 2)]
 """Frames, rows and columns of patches; windows of 2 x 2 tokens do not divide the second and third."""
@@ -164,7 +164,7 @@ def recomputed(
     """
     module = sys.modules[type(model).__module__]
     attention = model.model.visual.blocks[block].attn
-    original, frames = module.eager_attention_forward, []
+    original, frames, entered = module.eager_attention_forward, [], []
 
     def recording(caller: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         if caller is attention:
@@ -174,7 +174,14 @@ def recomputed(
     grids = [tuple(g) for g in inputs["video_grid_thw"].tolist()]
     with monkeypatch.context() as patched, torch.no_grad():
         patched.setattr(module, "eager_attention_forward", recording)
+        hook = attention.register_forward_pre_hook(lambda caller, args: entered.append(args[0]))
         output = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        hook.remove()
+    width = entered[0].shape[1]
+    projected = entered[0].double() @ attention.qkv.weight[width : 2 * width].double().T
+    keys = (projected + attention.qkv.bias[width : 2 * width].double()).detach()  # before rotation
+    keys = torch.stack(keys.chunk(attention.num_heads, 1)).mean(0).view(-1, MERGE**2, width // attention.num_heads)
+    tokens = iter(keys.mean(1).split([math.prod(g) // MERGE**2 for g in grids]))
     assert len(frames) == sum(g[0] for g in grids)
     found, rest = [], iter(frames)
     for grid, features in zip(grids, output.pooler_output, strict=True):
@@ -189,6 +196,7 @@ def recomputed(
             head.append(logits.softmax(-1).mean(0))
         order = in_windows(grid, side)
         signals = {"saliency.received": torch.cat(received), "saliency.head": torch.cat(head)}
+        signals["tower_keys"] = next(tokens)
         signals = {name: torch.empty_like(s).index_copy_(0, order, s).float() for name, s in signals.items()}
         found.append(signals | {"frame_features": features.view(grid[0], -1, features.shape[-1]).mean(1)})
     return found
@@ -239,10 +247,10 @@ def test_windows_change_the_order_and_only_the_order():
     assert torch.equal(index, in_windows((3, 6, 10), 2))
 
 
-def test_one_of_the_two_saliencies_is_as_both(monkeypatch):
+def test_one_signal_is_as_all_together(monkeypatch):
     inputs = qwen_inputs(QWEN25, TEXTS, GRIDS)
     both = shown(qwen(QWEN25), inputs)
-    for name in ("saliency.head", "saliency.received"):
+    for name in SIGNALS - {"frame_features"}:
         monkeypatch.setattr(Seeing, "needs", frozenset({name}))
         for one, tokens in zip(shown(qwen(QWEN25), inputs), both, strict=True):
             assert torch.equal(one.signal(name), tokens.signal(name))

@@ -53,6 +53,20 @@ class Received(Prune):
 
 
 @dataclass(kw_only=True)
+class Keyed(Received):
+    """Asks for the tower's keys."""
+
+    needs = frozenset({"tower_keys"})
+
+
+@dataclass(kw_only=True)
+class KeyedReceived(Keyed):
+    """Asks for these, and for the attention."""
+
+    needs = frozenset({"tower_keys", "saliency.received"})
+
+
+@dataclass(kw_only=True)
 class Headed(Received):
     """Asks for all there is."""
 
@@ -117,6 +131,83 @@ def test_received_is_pooled_as_the_features_are(image_size, tokens):
     expected = oracle.tower_signals(model, inputs["pixel_values_videos"])
     assert expected[0]["saliency.received"].shape == (FRAMES * tokens,)
     torch.testing.assert_close(method.signals("saliency.received"), stacked(expected, "saliency.received"))
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("selected, layer", [(-1, -1), (2, 1), ([1, -2], -2)], ids=str)
+def test_keys_are_the_mean_over_heads_of_the_last_used_layer(selected, layer, attn, call):
+    model = llava(attn, vision_feature_layer=selected)
+    inputs = llava_inputs([TWO, ONE])
+    expected = oracle.tower_signals(model, inputs["pixel_values_videos"], layer)
+    method = Keyed()
+    with vidcompress.apply(model, method):
+        run(model, call, inputs)
+    keys = method.signals("tower_keys")
+    assert keys.shape == (3, FRAMES * 4, 8)
+    torch.testing.assert_close(keys, stacked(expected, "tower_keys"))
+
+
+@pytest.mark.parametrize("image_size, tokens", [(70, 9), (28, 1)])
+def test_keys_are_pooled_as_the_features_are(image_size, tokens):
+    model = llava(image_size=image_size)
+    inputs = llava_inputs([ONE], image_size=image_size)
+    method = Keyed()
+    with vidcompress.apply(model, method):
+        run(model, "forward", inputs)
+    expected = stacked(oracle.tower_signals(model, inputs["pixel_values_videos"]), "tower_keys")
+    assert expected.shape == (1, FRAMES * tokens, 8)
+    torch.testing.assert_close(method.signals("tower_keys"), expected)
+
+
+def test_keys_alone_ask_for_no_attention(monkeypatch):
+    def never(*args: Any) -> Any:
+        raise AssertionError("attention was worked out")
+
+    inputs = llava_inputs([ONE])
+    both, alone = KeyedReceived(), Keyed()
+    model = llava()
+    with vidcompress.apply(model, both):
+        run(model, "forward", inputs)
+    monkeypatch.setattr(saliency, "column_mean_attention", never)
+    with vidcompress.apply(model, alone):
+        run(model, "forward", inputs)
+    assert set(alone.seen[0].signals) == {"tower_keys"}
+    assert torch.equal(alone.signals("tower_keys"), both.signals("tower_keys"))
+
+
+def test_keys_of_a_half_precision_tower_are_fp32():
+    model = llava().to(torch.bfloat16)
+    inputs = llava_inputs([ONE])
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].bfloat16()
+    method = Keyed()
+    with vidcompress.apply(model, method):
+        run(model, "forward", inputs)
+    expected = stacked(oracle.tower_signals(llava(), llava_inputs([ONE])["pixel_values_videos"]), "tower_keys")
+    assert method.signals("tower_keys").dtype == torch.float32
+    torch.testing.assert_close(method.signals("tower_keys"), expected, atol=5e-2, rtol=0.1)
+
+
+@dataclass(kw_only=True)
+class KeyedInside(Keyed):
+    """Looks again inside the LLM, where some tokens are gone."""
+
+    def sites(self, depth: int = 28) -> list[Site]:
+        return [Site.projector(), Site.decoder(2, 1)]
+
+    def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
+        self.seen.append(tokens)
+        every_other = torch.arange(len(tokens)) % 2 == 1
+        return Reduction.pruning(every_other)
+
+
+def test_keys_follow_the_tokens_that_are_left():
+    model, inputs, method = llava(), llava_inputs([ONE]), KeyedInside(retention_ratio=0.5)
+    with vidcompress.apply(model, method):
+        run(model, "forward", inputs)
+    first, second = method.seen
+    assert len(second) < len(first)
+    assert torch.equal(second.signal("tower_keys"), first.signal("tower_keys")[second.index])
 
 
 def test_received_of_a_half_precision_tower_is_fp32():

@@ -56,7 +56,8 @@ class VideoTokens:
         grid: (t, h, w) of the whole video; M = t * h * w as long as nothing was removed.
         index: [M] ascending places in the flattened t * h * w grid; None stands for all of them.
         signals: what the method's `needs` asked for, by name. From the vision tower: `frame_features` [t, F],
-            `saliency.head` [M], `saliency.received` [M]. From the decoder (Q text tokens after the video, H heads):
+            `saliency.head` [M], `saliency.received` [M], `tower_keys` [M, D] (of the layer of `saliency.received`, the
+            mean over its heads). From the decoder (Q text tokens after the video, H heads):
             `text_attention` [M], `text_attention.heads` [H, Q, M], `last_query_attention` [M],
             `last_query_attention.previous` [M], `text_hidden` [Q, C], `last_text_hidden` [C].
         notes: what the same method noted about this video at its site before this one.

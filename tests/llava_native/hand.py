@@ -256,10 +256,17 @@ def layout(config: Any, frames: int) -> tuple[Grid, Tensor, int]:
 
 
 def tower_signals(model: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Saliency of a video without a pooling head: the mean attention that patches receive in the last layer."""
-    attention = model.get_vision_tower().vision_tower(pixels, output_attentions=True).attentions[-1]
-    received = type(model).get_2dPool(model, attention.mean((1, 2))[..., None]).flatten()
-    return {"saliency.head": received, "saliency.received": received}
+    """Saliency of a video without a pooling head: the mean attention that patches receive in the last layer, whose keys
+    are averaged over its heads.
+    """
+    tower = model.get_vision_tower().vision_tower
+    output = tower(pixels, output_attentions=True, output_hidden_states=True)
+    received = type(model).get_2dPool(model, output.attentions[-1].mean((1, 2))[..., None]).flatten()
+    layer = tower.vision_model.encoder.layers[-1]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(output.hidden_states[-2]))
+    keys = torch.stack(keys.chunk(layer.self_attn.num_heads, -1)).mean(0)
+    keys = type(model).get_2dPool(model, keys).flatten(0, 1)
+    return {"saliency.head": received, "saliency.received": received, "tower_keys": keys}
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -356,7 +356,7 @@ class Plan:
         signals = {}
         for name in method.needs & video.video.signals.keys():
             signal = video.video.signals[name].to(features.device)
-            signals[name] = signal if name == "frame_features" else signal.flatten()[video.index]
+            signals[name] = signal if name == "frame_features" else signal.flatten(0, 1)[video.index]
         return signals
 
     def _decoder_signals(self, method: Method, video: Followed, view: LayerView) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Saliency and frame features, taken from the vision tower while it encodes (docs/decisions.md, D6).
+"""Saliency, keys and frame features, taken from the vision tower while it encodes (docs/decisions.md, D6).
 
 The tower is never asked for its attention matrices: queries and keys are caught on their way, so that it keeps its
 FlashAttention and no N x N matrix of all heads exists.
@@ -74,7 +74,7 @@ class TowerSignals:
 
         Args:
             layer: index of the layer to look at.
-            needs: which of `frame_features`, `saliency.head`, `saliency.received` to take.
+            needs: which of `frame_features`, `saliency.head`, `saliency.received`, `tower_keys` to take.
             head: pooling head of a SigLIP, if there is one.
         """
         found: dict[str, Any] = {}
@@ -101,7 +101,8 @@ class TowerSignals:
 class SiglipSignals(TowerSignals):
     """Of a SigLIP tower: `received` is the column mean of a layer's attention, `head` the pooling head's probe.
 
-    Without a head `saliency.head` is `received`, and there are no frame features.
+    Without a head `saliency.head` is `received`, and there are no frame features. `tower_keys` are the means over the
+    heads of the same layer's keys.
 
     Args:
         layers: encoder layers with `self_attn.q_proj`, `.k_proj`, `.num_heads` and `.scale`.
@@ -118,18 +119,24 @@ class SiglipSignals(TowerSignals):
     def wanted(self, needs: frozenset[str], head: SiglipHead | None) -> frozenset[str]:
         uses_head = head is not None and bool(needs & {"frame_features", "saliency.head"})
         uses_received = "saliency.received" in needs or ("saliency.head" in needs and head is None)
-        return frozenset(["output"] * uses_head + ["query", "key"] * uses_received)
+        uses_keys = uses_received or "tower_keys" in needs
+        return frozenset(["output"] * uses_head + ["query"] * uses_received + ["key"] * uses_keys)
 
     def compute(
         self, layer: Any, caught: Mapping[str, Any], needs: frozenset[str], head: SiglipHead | None
     ) -> dict[str, Tensor]:
-        signals = {}
-        if "query" in caught:
-            attention = layer.self_attn
-            query, key = (caught[k].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for k in ("query", "key"))
+        signals, attention = {}, layer.self_attn
+        heads = {name: caught[name].unflatten(-1, (attention.num_heads, -1)) for name in caught if name != "output"}
+        if "query" in heads:
+            query, key = (heads[name].transpose(1, 2) for name in ("query", "key"))  # [F, H, patches, D]
             with full_precision(query.device):
                 received = self.pool(column_mean_attention(query, key, attention.scale))
             signals = {"saliency.received": received, "saliency.head": received}
+        if "tower_keys" in needs:
+            keys = heads["key"].float().mean(2).transpose(1, 2)  # [F, D, patches]
+            with full_precision(keys.device):
+                pooled = self.pool(keys.flatten(0, 1))  # each channel by itself, as if it were a score
+            signals["tower_keys"] = pooled.unflatten(0, keys.shape[:2]).transpose(1, 2)
         if "output" in caught:
             assert head is not None
             features, probe = head(caught["output"])
@@ -143,7 +150,8 @@ class MergedPatchSignals(TowerSignals):
 
     `received` is the column mean of a layer's attention within each frame, the mean over a token's patches. `head` is
     FastVID's rule for towers without a pooling head: the attention that the mean of a frame's queries pays to the mean
-    of each token's keys.
+    of each token's keys. `tower_keys` are the means of the same layer's keys over the heads and a token's patches, as
+    they are before rotation: what a token shows, not where.
 
     Args:
         layers: blocks with `attn.qkv`, `attn.num_heads` and `attn.scaling`, called with `cu_seqlens` (one sequence a
@@ -159,8 +167,9 @@ class MergedPatchSignals(TowerSignals):
         return {"qkv": layer.attn.qkv, "call": layer.attn}
 
     def wanted(self, needs: frozenset[str], head: SiglipHead | None) -> frozenset[str]:
-        saliency = needs - {"frame_features"}  # those are the means of the frames' tokens
-        return frozenset({"qkv", "call"} if saliency else ())
+        uses_attention = bool(needs & {"saliency.head", "saliency.received"})
+        uses_keys = uses_attention or "tower_keys" in needs  # frame features are the means of the frames' tokens
+        return frozenset(["call"] * uses_attention + ["qkv"] * uses_keys)
 
     def caught(self, name: str, kwargs: Mapping[str, Any], output: Any) -> Any:
         if name == "call":
@@ -170,8 +179,19 @@ class MergedPatchSignals(TowerSignals):
     def compute(
         self, layer: Any, caught: Mapping[str, Any], needs: frozenset[str], head: SiglipHead | None
     ) -> dict[str, Tensor]:
-        ends, (cos, sin) = caught["call"]
         query, key, _ = caught["qkv"].unflatten(-1, (3, layer.attn.num_heads, -1)).unbind(-3)  # [patches, H, D]
+        signals = {}
+        if "tower_keys" in needs:
+            signals["tower_keys"] = key.float().mean(1).unflatten(0, (-1, self.patches)).mean(1)
+        if "call" in caught:
+            signals |= self._saliency(layer, query, key, caught["call"], needs)
+        return signals
+
+    def _saliency(
+        self, layer: Any, query: Tensor, key: Tensor, call: tuple[Tensor, tuple[Tensor, Tensor]], needs: frozenset[str]
+    ) -> dict[str, Tensor]:
+        """`saliency.received` and `saliency.head` [M], from [patches, H, D] before rotation."""
+        ends, (cos, sin) = call
         query, key = (rotate(x.float(), cos.float()[:, None], sin.float()[:, None]).to(x.dtype) for x in (query, key))
         parts: dict[str, list[Tensor]] = {"saliency.received": [], "saliency.head": []}
         first = 0
