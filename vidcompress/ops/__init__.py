@@ -13,6 +13,7 @@ from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.dpp_map import dpp_map
 from vidcompress.ops.fair_shares import fair_shares
 from vidcompress.ops.farthest_points import farthest_points
+from vidcompress.ops.even_shares import even_shares
 from vidcompress.ops.frame_change import frame_change
 from vidcompress.ops.max_cosine import max_cosine
 from vidcompress.ops.merge import merge
@@ -40,6 +41,7 @@ __all__ = [
     "dpp_map",
     "fair_shares",
     "farthest_points",
+    "even_shares",
     "frame_change",
     "max_cosine",
     "merge",
