@@ -1,0 +1,47 @@
+"""The entropy by determinants, which a GPU takes, against that of the singular values."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from test_ops import implementations, randn
+from torch import Tensor
+
+fast = importlib.import_module("vidcompress.ops.spectral_entropy.torch")
+
+
+def decaying(n: int, channels: int, power: float, mean: float = 0.0) -> Tensor:
+    """Tokens whose channels' sizes fall as a power of their number."""
+    return randn(n, channels) * torch.arange(1, channels + 1).float() ** -power + mean
+
+
+SPECTRA = {
+    "white": lambda: randn(150, 200),
+    "slow": lambda: decaying(150, 200, 0.5),
+    "fast": lambda: decaying(150, 200, 3),
+    "with a mean": lambda: decaying(150, 200, 0.5, 0.3),
+    "more tokens than channels": lambda: decaying(300, 60, 1),
+    "few directions": lambda: decaying(150, 20, 0.5) @ randn(20, 200, seed=1),
+    "frozen": lambda: decaying(50, 200, 0.5).repeat(3, 1),
+    "one direction": lambda: randn(1, 200).expand(150, -1),
+    "nothing": lambda: torch.zeros(150, 200),
+    "one token": lambda: randn(1, 200),
+    "two": lambda: torch.eye(2),
+    "all alike": lambda: torch.eye(100),
+    "x 0.001": lambda: decaying(150, 200, 0.5) * 1e-3,
+    "x 1000": lambda: decaying(150, 200, 0.5) * 1e3,
+    "bfloat16": lambda: decaying(150, 200, 0.5).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("elements", [32 << 20, 1])
+@pytest.mark.parametrize("case", SPECTRA)
+def test_entropy_by_determinants(case: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "DETERMINANTS", ("cpu",))
+    monkeypatch.setattr("vidcompress.ops.spectral_entropy.quadrature.CHUNK_ELEMENTS", elements)
+    tokens = SPECTRA[case]()
+    got, again = fast.spectral_entropy(tokens), fast.spectral_entropy(tokens)
+    assert got.dtype == torch.float64 and torch.equal(got, again)
+    torch.testing.assert_close(got, implementations("spectral_entropy")[0](tokens), atol=1e-6, rtol=0)
