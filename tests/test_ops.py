@@ -117,10 +117,12 @@ def examples() -> dict[str, tuple[Any, ...]]:
             [(0, 3)] * 3 + [(3, 4), (3, 6), (3, 6)],
             0.6,
         ),
+        "bipartite_match": (tokens.flatten(0, 1), 30, 2),
         "column_mean_attention": (randn(3, 4, 17, 8), randn(3, 4, 17, 8, seed=1), 8**-0.5),
         "cosine_fingerprint": (tokens,),
         "density_peaks": (tokens, rand(6, 15) > 0.3, 4),
         "dpp_map": (tokens.flatten(0, 1), rand(90), (30, 45, 15), (10, 20, 15)),
+        "farthest_points": (tokens.flatten(0, 1), 20),
         "merge": (
             tokens.flatten(0, 1),
             torch.tensor([2, 5, 7, 80]),
