@@ -97,14 +97,14 @@ def dense(reduction: Reduction) -> Tensor:
     return out
 
 
-def assert_lawful(reduction: Reduction, tokens: VideoTokens, budget: int) -> Tensor:
-    """The contract of one answer; returns the survivors' vectors."""
+def assert_lawful(reduction: Reduction, tokens: VideoTokens, budget: int, exact: bool = True) -> Tensor:
+    """The contract of one answer, which keeps `budget` tokens, or at most so many; returns the survivors' vectors."""
     keep = reduction.keep
     assert keep.dtype == torch.long and reduction.num_source == len(tokens)
     assert keep.tolist() == sorted(set(keep.tolist())) and 0 <= keep[0] and keep[-1] < len(tokens)
-    assert len(reduction) == budget
+    assert len(reduction) == budget if exact else len(reduction) <= budget
     out = reduction.apply(tokens.features)
-    assert out.shape == (budget, tokens.features.shape[1]) and out.dtype == tokens.features.dtype
+    assert out.shape == (len(reduction), tokens.features.shape[1]) and out.dtype == tokens.features.dtype
     assert out.isfinite().all()
     return out
 
@@ -188,8 +188,8 @@ def test_lawful_and_exact_at_every_budget(name: str, grid: Grid) -> None:
         for step, second in zip(steps, again, strict=True):
             budget = method.count(step.site, grid, step.seen.entered, len(step.seen))
             assert isinstance(budget, int) and 1 <= budget <= len(step.seen)
-            assert_lawful(step.reduction, step.seen, budget)
-            assert counts[step.site] == budget
+            assert_lawful(step.reduction, step.seen, budget, method.exact)
+            assert counts[step.site] == budget if method.exact else counts[step.site] >= budget
             assert same(step.reduction, second.reduction)
         assert counts.get(PROJECTOR, count(grid)) == method.budget(grid)
         kept.append(sum(Pipeline.of(method).lengths(grid)))
@@ -205,7 +205,7 @@ def test_lawful_and_exact_on_every_scene(name: str, kind: str) -> None:
             tokens = scene(kind, grid)
             counts = Pipeline.of(build(name, ratio)).counts(grid)
             for step in walk(build(name, ratio), tokens):
-                assert_lawful(step.reduction, step.seen, counts[step.site])
+                assert_lawful(step.reduction, step.seen, counts[step.site], step.method.exact)
 
 
 @pytest.mark.parametrize("attention", ["constant", "zero", "one peak"])
@@ -217,7 +217,7 @@ def test_lawful_whatever_the_attention(name: str, attention: str) -> None:
         for kind in ("random", "one colour", "all zero"):
             counts = Pipeline.of(build(name, ratio)).counts(grid)
             for step in walk(build(name, ratio), scene(kind, grid, attention=value)):
-                assert_lawful(step.reduction, step.seen, counts[step.site])
+                assert_lawful(step.reduction, step.seen, counts[step.site], step.method.exact)
 
 
 ADDING = {"visionzip", "prumerge", "prumerge_plus"}
@@ -252,11 +252,11 @@ def test_one_token_is_left_at_least(name: str) -> None:
     for grid in [(1, 1, 1), (1, 3, 3), (4, 2, 2)]:
         steps = list(walk(method, scene("slow", grid)))
         for step in steps:
-            assert_lawful(step.reduction, step.seen, Pipeline.of(method).counts(grid)[step.site])
+            assert_lawful(step.reduction, step.seen, Pipeline.of(method).counts(grid)[step.site], method.exact)
         # Before the LLM a token a frame, or of HieraVid what has nothing before it to be merged into.
         outer = {"fastvid": grid[0], "unified_pool": grid[0], "unified": grid[0], "hieravid": grid[1] * grid[2]}
         outer |= {"dycoke": grid[1] * grid[2]}  # the first frame of a window stays whole
-        assert len(steps[0].reduction) == outer.get(name, 1)
+        assert len(steps[0].reduction) == outer.get(name, 1) or not method.exact
         assert len(steps[-1].reduction) == (1 if steps[-1].site.is_inner else outer.get(name, 1))
 
 

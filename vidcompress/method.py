@@ -11,7 +11,7 @@ import os
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -74,6 +74,17 @@ class Method:
         """True if `budget` and `count` say what will be kept; False if they only say the most that can be."""
         return True
 
+    @property
+    def loose(self) -> bool:
+        """True if fewer tokens than `count` may be kept even where it covers all: then `reduce` is always called, and
+        answers with the identity itself where nothing is to go."""
+        return False
+
+    def rests(self, site: Site, notes: Mapping[str, Any]) -> bool:
+        """Whether nothing goes at `site`, whatever the tokens are, after the `notes` of the sites before it. Then no
+        signal is taken for it either."""
+        return False
+
     def count(self, site: Site, grid: Grid, entered: int, before: int) -> int:
         """Number of tokens kept at `site`, known before any feature is (D3).
 
@@ -117,7 +128,8 @@ class Method:
     def decide(self, tokens: VideoTokens, site: Site) -> Reduction:
         """`reduce`, with the promises kept: a budget that covers all tokens changes nothing, and the count is exact."""
         count = self.wanted(tokens, site)
-        if count >= len(tokens) and not (self.looks_ahead and site.stage == 0):
+        asked = self.loose or (self.looks_ahead and site.stage == 0)
+        if self.rests(site, tokens.notes) or (count >= len(tokens) and not asked):
             return Reduction.identity(len(tokens), tokens.features.device)
         with torch.no_grad(), full_precision(tokens.features.device):
             reduction = self.reduce(tokens, site).check()

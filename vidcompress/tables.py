@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vidcompress.config import load, shipped
@@ -46,9 +46,16 @@ def method_rows() -> Rows:
         source = f"arXiv:{paper['arxiv']}" if "arxiv" in paper else paper["title"]
         needs = ", ".join(sorted(method.needs)) or "nothing"
         counts = Pipeline.of(method).counts((32, 14, 14))
-        kept = f"{', '.join(map(str, counts.values()))} at {method.retention_ratio:g}"
-        rows.append((name, source, ", ".join(map(str, counts)), needs, kept))
+        bound = "" if method.exact else "at most "
+        kept = f"{bound}{_listed(counts.values())} at {method.retention_ratio:g}"
+        rows.append((name, source, _listed(counts), needs, kept))
     return header, rows
+
+
+def _listed(items: Iterable[object]) -> str:
+    """A few of them one by one, of many the first and the last."""
+    words = [str(item) for item in items]
+    return ", ".join(words) if len(words) < 6 else f"{words[0]} to {words[-1]}"
 
 
 def backbone_rows() -> Rows:

@@ -23,10 +23,12 @@ class Site:
     Attributes:
         layer: decoder layer, counted from 0; -1 for the projector.
         stage: which of its method's sites it is, counted from 0; does not count when sites are compared.
+        depth: decoder layers of its LLM, 0 where its method did not note them; does not count either.
     """
 
     layer: int
     stage: int = field(default=0, compare=False)
+    depth: int = field(default=0, compare=False)
 
     @classmethod
     def projector(cls) -> Site:
@@ -34,9 +36,9 @@ class Site:
         return cls(-1)
 
     @classmethod
-    def decoder(cls, layer: int, stage: int = 0) -> Site:
+    def decoder(cls, layer: int, stage: int = 0, depth: int = 0) -> Site:
         """The input of decoder layer `layer`, counted from 0."""
-        return cls(layer, stage)
+        return cls(layer, stage, depth)
 
     @property
     def is_inner(self) -> bool:

@@ -74,8 +74,7 @@ class LayerView:
             found["text_attention.heads"] = self.attention(row, text, places, "none")
         if "last_query_attention" in needs:
             found["last_query_attention"] = self.attention(row, last, places)
-        if "last_query_attention.previous" in needs:
-            assert self.previous is not None
+        if "last_query_attention.previous" in needs and self.previous is not None:  # nothing is before layer 0
             found["last_query_attention.previous"] = self.previous.attention(row, last, places)
         return found
 

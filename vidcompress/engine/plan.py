@@ -341,13 +341,15 @@ class Plan:
         return reduction
 
     def _ask(self, method: Method, site: Site, video: Followed, features: Tensor, view: LayerView | None) -> Reduction:
+        notes = video.notes.get(id(method), {})
+        if method.rests(site, notes):
+            return Reduction.identity(len(features), features.device)
         signals = self._tower_signals(method, video, features)
         if view is not None:
             signals |= self._decoder_signals(method, video, view)
         name = "projector output" if view is None else f"input of {site}"
         _refuse_nonfinite({name: features, **signals}, f"video {video.number} (row {video.row})", view is not None)
         index = None if view is None else video.index
-        notes = video.notes.get(id(method), {})
         seen = VideoTokens(features.detach(), video.video.grid, index, signals, notes, video.entered)
         return method.decide(seen, site)
 
