@@ -119,6 +119,7 @@ def examples() -> dict[str, tuple[Any, ...]]:
         ),
         "bipartite_match": (tokens.flatten(0, 1), 30, 2),
         "column_mean_attention": (randn(3, 4, 17, 8), randn(3, 4, 17, 8, seed=1), 8**-0.5),
+        "components": (tokens.flatten(0, 1), 0.45),
         "cosine_fingerprint": (tokens,),
         "density_peaks": (tokens, rand(6, 15) > 0.3, 4),
         "dpp_map": (tokens.flatten(0, 1), rand(90), (30, 45, 15), (10, 20, 15)),

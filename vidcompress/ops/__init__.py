@@ -8,6 +8,7 @@ from vidcompress.ops.anchor_merge import anchor_merge
 from vidcompress.ops.apportion import apportion
 from vidcompress.ops.bipartite_match import bipartite_match
 from vidcompress.ops.column_mean_attention import column_mean_attention
+from vidcompress.ops.components import components
 from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.dpp_map import dpp_map
@@ -15,6 +16,7 @@ from vidcompress.ops.fair_shares import fair_shares
 from vidcompress.ops.farthest_points import farthest_points
 from vidcompress.ops.even_shares import even_shares
 from vidcompress.ops.frame_change import frame_change
+from vidcompress.ops.linkage import linkage
 from vidcompress.ops.max_cosine import max_cosine
 from vidcompress.ops.merge import merge
 from vidcompress.ops.minmax import minmax
@@ -36,6 +38,7 @@ __all__ = [
     "apportion",
     "bipartite_match",
     "column_mean_attention",
+    "components",
     "cosine_fingerprint",
     "density_peaks",
     "dpp_map",
@@ -43,6 +46,7 @@ __all__ = [
     "farthest_points",
     "even_shares",
     "frame_change",
+    "linkage",
     "max_cosine",
     "merge",
     "minmax",
