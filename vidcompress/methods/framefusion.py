@@ -81,8 +81,12 @@ class FrameFusion(Method):
 
 def _likeness(tokens: VideoTokens) -> tuple[Tensor, Tensor]:
     """([M] tokens by place, then time; [M] fp64 cosine of each to the one before it, -inf for the first of a place)."""
-    _, h, w = tokens.grid
+    t, h, w = tokens.grid
     x, index = tokens.features, torch.arange(len(tokens), device=tokens.features.device)
+    if len(x) == t * h * w:  # nothing is gone yet: the tokens need not be brought into that order
+        change = ops.frame_change(tokens.frames)
+        cosine = torch.cat([change.new_full((1, h * w), -torch.inf), 1 - change])
+        return index.view(t, -1).T.flatten(), cosine.T.flatten()
     place = (index if tokens.index is None else tokens.index) % (h * w)
     order = place.argsort(stable=True)
     pairs = zip(order[:-1].split(CHUNK), order[1:].split(CHUNK), strict=True)
