@@ -11,7 +11,9 @@ import torch
 
 from vidcompress.compat import ensure_torchvision
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for when only deterministic operations may run
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch does not do by itself
 ensure_torchvision()  # looked for when transformers is imported
 

@@ -168,15 +168,16 @@ def test_the_environment_chooses(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     naive, fast = implementations(op)
     from vidcompress.ops.dispatch import implementation
 
+    cpu = torch.device("cpu")
     monkeypatch.delenv("VIDCOMPRESS_OPS", raising=False)
-    assert implementation(op) is fast
+    assert implementation(op, cpu) is fast
     monkeypatch.setenv("VIDCOMPRESS_OPS", "naive")
-    assert implementation(op) is naive
+    assert implementation(op, cpu) is naive
     assert equal(getattr(ops, op)(*examples()[op]), naive(*examples()[op]))
     monkeypatch.setenv("VIDCOMPRESS_OPS", "torch")
     assert equal(getattr(ops, op)(*examples()[op]), fast(*examples()[op]))
     monkeypatch.setenv("VIDCOMPRESS_OPS", "fast")
-    with pytest.raises(ValueError, match=r"VIDCOMPRESS_OPS must be 'naive' or 'torch', got 'fast'"):
+    with pytest.raises(ValueError, match=r"VIDCOMPRESS_OPS must be 'naive', 'torch' or 'kernel', got 'fast'"):
         getattr(ops, op)(*examples()[op])
 
 

@@ -39,4 +39,5 @@ def anchor_merge(
         Triplets (anchor, source, weight), each [E]: flat indices t * P + p, and fp32 weights that sum to 1 an anchor.
         A zero token, and ties, go to the anchor that comes first.
     """
-    return implementation("anchor_merge")(frames, members, anchors, counts, reach, anchor_weight, anchors_join)
+    run = implementation("anchor_merge", frames.device)
+    return run(frames, members, anchors, counts, reach, anchor_weight, anchors_join)

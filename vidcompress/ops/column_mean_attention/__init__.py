@@ -19,4 +19,4 @@ def column_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     Returns:
         [B, N] fp32; every row adds up to 1.
     """
-    return implementation("column_mean_attention")(query, key, scale)
+    return implementation("column_mean_attention", query.device)(query, key, scale)

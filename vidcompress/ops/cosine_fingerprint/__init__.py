@@ -18,4 +18,4 @@ def cosine_fingerprint(tokens: Tensor) -> Tensor:
     Returns:
         [P] fp32, 0 for a position that never changes and for L = 1. A zero token has cosine 0 with everything.
     """
-    return implementation("cosine_fingerprint")(tokens)
+    return implementation("cosine_fingerprint", tokens.device)(tokens)

@@ -36,4 +36,4 @@ def density_peaks(
     Returns:
         [B, n] fp32 log score: the lowest finite number for a copy of a denser point, -inf for non-candidates only.
     """
-    return implementation("density_peaks")(tokens, candidates, neighbours, ties, noise)
+    return implementation("density_peaks", tokens.device)(tokens, candidates, neighbours, ties, noise)

@@ -45,17 +45,17 @@ class Points:
     index: Tensor
     below: Tensor | None = None
 
-    def around(self, points: Tensor, origin: Tensor) -> Tensor:
-        """[p, C] fp32, as seen from an origin in fp64."""
+    def around(self, points: Tensor, origin: Tensor | None) -> Tensor:
+        """[p, C] fp32, as seen from an origin in fp64, or as they are."""
         x = self.exact(points, self.tokens.dtype if self.tokens.dtype == torch.float64 else torch.float32)
-        return x.sub_(origin.to(x.dtype)).float()
+        return (x if origin is None else x.sub_(origin.to(x.dtype))).float()
 
     def exact(self, points: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """[p, C] as they are."""
         return self.tokens.index_select(0, self.index[points]).to(dtype)
 
-    def middle(self) -> Tensor:
-        """[C] fp64 mean of some of the points: an origin that makes most of them short."""
+    def middle(self) -> Tensor | None:
+        """[C] fp64 mean of some of the points: an origin that makes most of them short. None: they are short."""
         step = max(1, len(self.index) // TILE)
         return self.tokens[self.index[::step]].mean(0, dtype=torch.float64)
 
@@ -63,6 +63,17 @@ class Points:
         """Bound of the rounding of squared distances from a point of squared length `square`."""
         # The other point is no longer than the one and the distance together, and (a + b)^2 <= 2 a^2 + 2 b^2.
         return NOISE * self.tokens.shape[1] ** 0.5 * (3 * square + 2 * distance)
+
+    def scan(self, rows: Tensor, columns: Tensor | None, origin: Tensor | None, kept: int) -> Near:
+        """The nearest of `rows` among `columns` as `_search`, by one pass over all distances."""
+        return _scan(self, rows, columns, origin, kept)
+
+    def apart(self, one: Tensor, other: Tensor) -> Tensor:
+        """[p] fp64 distances of pairs of points."""
+        step = _step(self.tokens)
+        parts = zip(one.split(step), other.split(step), strict=True)
+        # By the words of the definition, so that what is equal there is equal here.
+        return torch.cat([self.exact(a).sub_(self.exact(b)).norm(dim=-1) for a, b in parts])
 
 
 @dataclass
@@ -84,17 +95,25 @@ class Near:
     farthest: Tensor
 
 
-def tiled_scores(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str, noise: Tensor | None) -> Tensor:
-    """`density_peaks` of one row: tokens [n, C], candidates [n] and noise [n]; [n] fp32."""
+def tiled_scores(
+    tokens: Tensor,
+    candidates: Tensor,
+    neighbours: int,
+    ties: str,
+    noise: Tensor | None,
+    kind: type[Points] | None = None,
+) -> Tensor:
+    """`density_peaks` of one row: tokens [n, C], candidates [n] and noise [n]; [n] fp32. `kind` does the arithmetic."""
     out = torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device=tokens.device)
     chosen = candidates.nonzero().squeeze(1)
     if not len(chosen):
         return out
     copies, first = _copies(tokens, chosen)
-    points = Points(tokens, chosen[first])
+    points = (kind or Points)(tokens, chosen[first])
+    origin = points.middle()
     count = copies.bincount()
     every = torch.arange(len(first), device=tokens.device)
-    near = _search(points, every, None, points.middle(), neighbours)
+    near = _search(points, every, None, origin, neighbours)
     exact = _measured(points, every, near, near.distance[:, min(neighbours, near.distance.shape[1]) - 1])
     log_density = _log_density(exact, count[near.point], min(neighbours, len(chosen)))[copies]  # [candidates]
     if noise is not None:
@@ -105,8 +124,8 @@ def tiled_scores(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str,
     highest = log_density == top[copies]
     place = torch.arange(len(chosen), device=tokens.device).where(highest, len(chosen))
     head = copies.new_full((len(first),), len(chosen)).scatter_reduce_(0, copies, place, "amin")
-    delta = _delta(points, near, exact, top, head, ties)  # [m] squared
-    delta = delta.where(delta.isfinite(), _largest(points, near))
+    delta = _delta(points, near, origin, exact, top, head, ties)  # [m] squared
+    delta = delta.where(delta.isfinite(), _largest(points, near, origin))
 
     score = (log_density + 0.5 * delta[copies].log()).float().clamp_min(torch.finfo(torch.float32).min)
     peak = highest if ties == "strict" else head[copies] == torch.arange(len(chosen), device=tokens.device)
@@ -138,14 +157,14 @@ def _copies(tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # -- who is near -------------------------------------------------------------------------------------------------------
-def _search(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor, wanted: int) -> Near:
+def _search(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor | None, wanted: int) -> Near:
     """The nearest of `rows` among `columns`; both ascending, all rows among the columns. None: the rows themselves."""
-    near = _scan(points, rows, columns, origin, wanted + SPARE)
+    near = points.scan(rows, columns, origin, wanted + SPARE)
     _search_again(points, rows, rows if columns is None else columns, near, origin, wanted)
     return near
 
 
-def _scan(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor, kept: int) -> Near:
+def _scan(points: Points, rows: Tensor, columns: Tensor | None, origin: Tensor | None, kept: int) -> Near:
     """One pass over tiles of distances. Without columns every tile serves both its rows and its columns."""
     across = rows if columns is None else columns
     count, kept = len(rows), min(kept, len(across))
@@ -206,7 +225,9 @@ def _keep(near: Near, rows: slice, tile: Tensor, number: Tensor) -> None:
     near.point[rows] = point.gather(1, order)
 
 
-def _search_again(points: Points, rows: Tensor, columns: Tensor, near: Near, origin: Tensor, wanted: int) -> None:
+def _search_again(
+    points: Points, rows: Tensor, columns: Tensor, near: Near, origin: Tensor | None, wanted: int
+) -> None:
     """Searches around leaders for the rows whose nearest the scan could not make out."""
     last = near.distance[:, min(wanted, near.distance.shape[1]) - 1].clamp_min(0)
     most = last + points.noise(near.square, last)  # the wanted ones are no farther than this
@@ -233,7 +254,7 @@ def _search_again(points: Points, rows: Tensor, columns: Tensor, near: Near, ori
         unsure = unsure[~led]
 
 
-def _from_leaders(points: Points, leaders: Tensor, columns: Tensor, origin: Tensor) -> Tensor:
+def _from_leaders(points: Points, leaders: Tensor, columns: Tensor, origin: Tensor | None) -> Tensor:
     """[leaders, columns] squared distances."""
     x = points.around(leaders, origin)
     out = x.new_empty(len(x), len(columns))
@@ -264,11 +285,9 @@ def _measured(points: Points, rows: Tensor, near: Near, last: Tensor, known: Ten
 
 def _squared_distances(points: Points, one: Tensor, other: Tensor) -> Tensor:
     """[p] fp64, over C; 0 for a point and itself."""
-    channels = points.tokens.shape[1]
     out = torch.zeros(one.shape, dtype=torch.float64, device=one.device)
-    for p in (one != other).nonzero().squeeze(1).split(_step(points.tokens)):
-        # By the words of the definition, so that what is equal there is equal here.
-        out[p] = (points.exact(one[p]).sub_(points.exact(other[p])).norm(dim=-1) / channels**0.5) ** 2
+    pair = (one != other).nonzero().squeeze(1)
+    out[pair] = (points.apart(one[pair], other[pair]) / points.tokens.shape[1] ** 0.5) ** 2
     return out
 
 
@@ -280,7 +299,9 @@ def _log_density(exact: Tensor, count: Tensor, neighbours: int) -> Tensor:
     return -exact.gather(1, torch.searchsorted(upto, slot, right=True)).mean(1)
 
 
-def _delta(points: Points, near: Near, exact: Tensor, density: Tensor, head: Tensor, ties: str) -> Tensor:
+def _delta(
+    points: Points, near: Near, origin: Tensor | None, exact: Tensor, density: Tensor, head: Tensor, ties: str
+) -> Tensor:
     """[m] squared distance over C to the nearest denser point, infinite where there is none."""
     channels, every = points.tokens.shape[1], torch.arange(len(density), device=density.device)
     # Numbered by density: what is denser than a point are then the points below a number.
@@ -299,13 +320,13 @@ def _delta(points: Points, near: Near, exact: Tensor, density: Tensor, head: Ten
     rest = rank[delta * channels > near.reach].sort().values
     rest = rest[below[rest] > 0]
     if len(rest):
-        ranked = Points(points.tokens, points.index[order], below)
-        found = _search(ranked, rest, every, points.middle(), 1)
+        ranked = replace(points, index=points.index[order], below=below)
+        found = _search(ranked, rest, every, origin, 1)
         delta[order[rest]] = _measured(ranked, rest, found, found.distance[:, 0]).amin(1)
     return delta
 
 
-def _largest(points: Points, near: Near) -> Tensor:
+def _largest(points: Points, near: Near, origin: Tensor | None) -> Tensor:
     """[1] the largest squared distance over C; fp32 says between whom."""
     one, every = near.farthest.argmax()[None], torch.arange(len(near.farthest), device=near.farthest.device)
-    return _squared_distances(points, one, _from_leaders(points, one, every, points.middle()).argmax(1))
+    return _squared_distances(points, one, _from_leaders(points, one, every, origin).argmax(1))

@@ -57,4 +57,4 @@ def dpp_map(
         raise ValueError(f"rank_eps must be in [0, 1), got {rank_eps}: it is a share of a token's own kernel value")
     if kernel not in ("dot", "cosine"):
         raise ValueError(f"kernel must be 'dot' or 'cosine', got {kernel!r}")
-    return implementation("dpp_map")(tokens, log_relevance, sizes, counts, rank_eps, kernel)
+    return implementation("dpp_map", tokens.device)(tokens, log_relevance, sizes, counts, rank_eps, kernel)

@@ -20,4 +20,4 @@ def merge(features: Tensor, keep: Tensor, slot: Tensor, source: Tensor, weight: 
     Returns:
         [K, C] in the dtype of `features`, summed in fp32. Differentiable in `features`.
     """
-    return implementation("merge")(features, keep, slot, source, weight)
+    return implementation("merge", features.device)(features, keep, slot, source, weight)

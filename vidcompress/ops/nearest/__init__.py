@@ -34,4 +34,4 @@ def nearest(tokens: Tensor, anchors: Tensor, measure: Literal["euclidean", "cosi
         raise ValueError(
             f"tokens and anchors need the same number of channels, got {tokens.shape[1]} and {anchors.shape[1]}"
         )
-    return implementation("nearest")(tokens, anchors, measure)
+    return implementation("nearest", tokens.device)(tokens, anchors, measure)

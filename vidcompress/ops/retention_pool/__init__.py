@@ -39,4 +39,4 @@ def retention_pool(tokens: Tensor, order: Tensor, threshold: float, size: int) -
         raise ValueError("threshold must be a cosine, got nan: nothing compares with it")
     if size < 0:
         raise ValueError(f"size must be at least 0, got {size}: a pool cannot hold fewer than no tokens")
-    return implementation("retention_pool")(tokens, order, threshold, size)
+    return implementation("retention_pool", tokens.device)(tokens, order, threshold, size)

@@ -18,4 +18,4 @@ def spectral_entropy(tokens: Tensor) -> Tensor:
     Returns:
         fp64 scalar in [0, 1]; 0 for a single direction and for all-zero tokens.
     """
-    return implementation("spectral_entropy")(tokens)
+    return implementation("spectral_entropy", tokens.device)(tokens)

@@ -52,4 +52,4 @@ def text_attention(
     for name, places in (("rows", rows), ("columns", columns)):
         if ((places < 0) | (places >= n)).any():
             raise ValueError(f"{name} must lie in 0..{n - 1}, got {int(places.min())}..{int(places.max())}")
-    return implementation("text_attention")(query, key, scale, rows, columns, reduce)
+    return implementation("text_attention", query.device)(query, key, scale, rows, columns, reduce)

@@ -1,0 +1,160 @@
+"""Compiles every Triton kernel for an H200 (sm_90), as the ops launch it, and prints what it takes. Needs no GPU.
+
+    python scripts/kernel_report.py                 # a table
+    python scripts/kernel_report.py --json out.json
+
+Registers are those of a thread, of which 65,536 share a multiprocessor; spills are bytes of local memory a thread;
+shared memory is that of a program, 227 KiB at most. `wgmma` are Hopper's asynchronous tensor-core products, `mma` the
+older ones, `fma` those without tensor cores; `cp.async` are copies that overlap with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported; interpreted kernels cannot be compiled
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vidcompress.ops.launch import OPTIONS
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel takes: registers a thread, bytes of spills a thread, bytes of shared memory a program."""
+
+    case: str
+    kernel: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    products: str
+    asynchronous: bool
+
+
+def compiled(case: str, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Report:
+    """Compiles a kernel for the types, alignments and constants of one launch."""
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants} | OPTIONS
+    given = dict(zip(kernel.arg_names, arguments)) | constants
+    fixed = {n: v for n, v in given.items() if n in constants or (type(v) is int and v == 1)}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = given[name]
+        if name in fixed:
+            signature[name] = "constexpr"
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        # The launcher tells the compiler what is a multiple of 16; without that there are no wide copies.
+        if name not in fixed and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    registers, spills = usage(binary.asm["cubin"])
+    ptx = binary.asm["ptx"]
+    products = next((kind for kind in ("wgmma", "mma.sync", "fma") if kind in ptx), "none").removesuffix(".sync")
+    return Report(
+        case, kernel.__name__.strip("_"), options.get("num_warps", 4), registers, spills, binary.metadata.shared,
+        products, "cp.async" in ptx,
+    )  # fmt: skip
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread, as the tool says that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    if found is None:
+        raise RuntimeError(f"{tool.name} says nothing of registers: {out!r}")
+    return int(found[1]), int(found[2])
+
+
+# -- one launch of every kind, at the sizes of LLaVA-OneVision-7B ------------------------------------------------------
+def density_peaks(module: Any, dtype: torch.dtype, origin: bool, kept: int) -> None:
+    tokens, every = torch.empty(2048, 3584, dtype=dtype), torch.arange(2048)
+    around = torch.zeros(3584, dtype=torch.float64) if origin else None
+    points = module.Points(tokens, every)
+    square = points.squares(every, around)
+    module.nearest(tokens, every, square, every, every, square, every, around, kept)
+
+
+def pairs(module: Any) -> None:
+    every = torch.arange(2048)
+    module.Points(torch.empty(2048, 3584, dtype=torch.bfloat16), every).apart(every, every)
+
+
+CASES: list[tuple[str, str, Callable[[Any], None]]] = [
+    ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
+    ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
+    ("density_peaks", "bf16 shifted, k = 7", lambda m: density_peaks(m, torch.bfloat16, True, 15)),
+    ("density_peaks", "fp32, k = 7", lambda m: density_peaks(m, torch.float32, True, 15)),
+    ("density_peaks", "bf16", pairs),
+]
+
+
+def reports() -> list[Report]:
+    """Of every kernel, by calling what launches it and compiling instead."""
+    out = []
+    for op, what, call in CASES:
+        module = importlib.import_module(f"vidcompress.ops.{op}.kernel")
+        launch = module.launch
+
+        def record(kernel: Any, grid: Any, *arguments: Any, case: str = f"{op}, {what}", **constants: Any) -> None:
+            out.append(compiled(case, kernel, arguments, constants))
+
+        module.launch = record
+        try:
+            call(module)
+        finally:
+            module.launch = launch
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    options = parser.parse_args()
+    rows = reports()
+    print(f"triton {triton.__version__}, sm_90")
+    print(f"{'case':38} {'kernel':14} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7} products cp.async")
+    for r in rows:
+        overlap = "yes" if r.asynchronous else "no"
+        print(
+            f"{r.case:38} {r.kernel:14} {r.warps:5} {r.registers:5} {r.spills:6} {r.shared:7} {r.products:8} {overlap}"
+        )
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The Triton kernels against the definitions: on a GPU, or in Triton's interpreter, which conftest.py then turns on.
+
+The interpreter runs a kernel's arithmetic, not its parallelism, and takes a millisecond for each operation on a tile:
+sizes are small, a few tiles with ragged ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import test_ops_density_peaks_tiled as peaks
+import torch
+from neartie import assert_same_choice
+from test_ops import equal, examples, moved, poisoned_memory, rand, randn
+from torch import Tensor
+
+from vidcompress import ops
+from vidcompress.ops import dispatch
+from vidcompress.ops.density_peaks import torch as fast_peaks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = [op for op in ops.__all__ if importlib.util.find_spec(f"vidcompress.ops.{op}.kernel")]
+every_kernel = pytest.mark.parametrize("op", KERNELS)
+
+
+def implementation(op: str, kind: str = "kernel") -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"vidcompress.ops.{op}.{kind}"), op)
+
+
+def given(op: str) -> tuple[Any, ...]:
+    """Arguments of an op."""
+    arguments = examples()[op]
+    return (*(a[:2] for a in arguments[:2]), *arguments[2:]) if op == "density_peaks" else arguments
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def there(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments on the device of the kernels."""
+    return tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run even where something else is faster."""
+    monkeypatch.setattr(fast_peaks, "TILED_ABOVE", 0)
+
+
+# -- which implementation runs -----------------------------------------------------------------------------------------
+def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("VIDCOMPRESS_OPS", raising=False)
+    for op in KERNELS:
+        assert dispatch.implementation(op, cpu) is implementation(op, "torch")
+        assert dispatch.implementation(op, cuda) is implementation(op)
+    assert dispatch.implementation("merge", cuda) is implementation("merge", "torch")
+    monkeypatch.setenv("VIDCOMPRESS_OPS", "kernel")
+    assert dispatch.implementation(KERNELS[0], cpu) is implementation(KERNELS[0])
+    assert dispatch.implementation("merge", cpu) is implementation("merge", "torch")
+    monkeypatch.setenv("VIDCOMPRESS_OPS", "torch")
+    assert dispatch.implementation(KERNELS[0], cuda) is implementation(KERNELS[0], "torch")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.delenv("VIDCOMPRESS_OPS", raising=False)
+    assert dispatch.implementation(KERNELS[0], torch.device("cuda")) is implementation(KERNELS[0], "torch")
+    monkeypatch.setenv("VIDCOMPRESS_OPS", "kernel")
+    with pytest.raises(ImportError, match=r"VIDCOMPRESS_OPS=kernel needs Triton.*vidcompress-transformers\[triton\]"):
+        dispatch.implementation("merge", torch.device("cpu"))
+
+
+# -- what all kernels promise ------------------------------------------------------------------------------------------
+@every_kernel
+def test_as_defined_twice_and_from_memory_that_holds_nan(op: str) -> None:
+    run, arguments = implementation(op), there(given(op))
+    with poisoned_memory():
+        once, again = run(*arguments), run(*arguments)
+    assert equal(once, again) and all(map(same, arguments, there(given(op))))
+    want = implementation(op, "naive")(*given(op))
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (once, want)), strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=2e-6, rtol=2e-6)
+
+
+@every_kernel
+def test_memory_layout_does_not_matter(op: str) -> None:
+    def strided(x: Tensor) -> Tensor:
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, device=x.device)
+        wide[..., ::2] = x
+        return wide[..., ::2] if x.dim() == 1 else wide[..., ::2].transpose(0, 1).contiguous().transpose(0, 1)
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+
+    run, arguments = implementation(op), there(given(op))
+    want = run(*arguments)
+    for change in (strided, apart):
+        got = run(*moved(arguments, change))
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+# -- density_peaks -----------------------------------------------------------------------------------------------------
+def assert_same_peaks(x: Tensor, neighbours: int, ties: Any = "index") -> None:
+    tokens, candidates = peaks.one(x)
+    got = implementation("density_peaks")(tokens.to(DEVICE), candidates.to(DEVICE), neighbours, ties)[0].cpu()
+    want = implementation("density_peaks", "naive")(tokens, candidates, neighbours, ties)[0]
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+    true = peaks.true_scores(x, neighbours, ties).clamp_min(torch.finfo(torch.float32).min)
+    for m in (1, len(x) // 10, len(x) // 3):
+        mine, right, best = (ops.top_tokens(s[None], m)[0] for s in (got, want, true))
+        assert torch.equal(mine, right) or assert_same_choice(mine, best, true, logarithmic=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "random", "clustered", "copies", "many copies", "all equal", "still 0.001", "still + 100", "still, bfloat16",
+        "still, float16", "still, float64", "whole numbers", "views",
+    ],
+)  # fmt: skip
+def test_peaks_are_those_of_the_definition(case: str) -> None:
+    assert_same_peaks(peaks.TOKENS[case]()[:141], 7)
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 5)])
+def test_peaks_of_half_precision_tokens_near_the_origin_and_far_from_it(offset: float, dtype: torch.dtype) -> None:
+    from vidcompress.ops.density_peaks.kernel import Points
+
+    x = (randn(150, 70) + offset).to(dtype)
+    assert (Points(x, torch.arange(150)).middle() is None) == (offset == 0)
+    assert_same_peaks(x, 4, "strict")
+
+
+def test_peaks_with_many_neighbours_or_more_than_tokens() -> None:
+    x = randn(50, 20)
+    for neighbours in (1, 20, 30, 60):
+        assert_same_peaks(x, neighbours)
+
+
+def test_peaks_of_candidates_with_noise() -> None:
+    x = torch.stack([randn(90, 32), peaks.with_copies(randn(90, 32, seed=3))])
+    candidates, noise = rand(2, 90, seed=1) < 0.8, 1e-6 * rand(2, 90, seed=5)
+    candidates[1, 5:] = False
+    got = implementation("density_peaks")(*there((x, candidates, 7, "index", noise))).cpu()
+    assert torch.equal(got.isfinite(), candidates)
+    want = implementation("density_peaks", "naive")(x, candidates, 7, "index", noise)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+    none = implementation("density_peaks")(*there((x[:0], candidates[:0], 7)))
+    assert none.shape == (0, 90) and none.dtype == torch.float32
+
+
+def test_lists_of_the_nearest_are_exact() -> None:
+    from vidcompress.ops.density_peaks.kernel import Points
+
+    x = randn(300, 40, seed=8).to(DEVICE)
+    every = torch.arange(300, device=DEVICE)
+    below = every.flip(0)
+    points = Points(x, every, below)
+    rows, columns = every[10:200:3], every[5:]
+    with poisoned_memory():
+        near = points.scan(rows, columns, points.middle(), 5)
+    true = (x.double()[rows, None] - x.double()[columns]).square().sum(-1)
+    true = true.masked_fill(columns >= below[rows, None], torch.inf)
+    best = true.sort(1)
+    torch.testing.assert_close(near.distance.double(), best.values[:, :5], atol=1e-4, rtol=0)
+    assert torch.equal(near.point, columns[best.indices[:, :5]])
+    assert (near.reach <= best.values[:, 5]).all()
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(64, torch.float32), (896, torch.bfloat16)])
+def test_rounding_stays_below_its_bound(channels: int, dtype: torch.dtype) -> None:
+    # The search is exact as long as this holds.
+    from vidcompress.ops.density_peaks.kernel import MOST_KEPT, Points
+
+    x = torch.cat([randn(60, channels), randn(1, channels) + 1e-3 * randn(60, channels, seed=1)]).to(DEVICE, dtype)
+    every = torch.arange(120, device=DEVICE)
+    points = Points(x, every)
+    for origin in (points.middle(), x[99].double()):
+        near = points.scan(every, every, origin, MOST_KEPT)
+        true = (x.double()[:, None] - x.double()[near.point]).square().sum(-1)
+        assert ((near.distance - true).abs() <= 0.5 * points.noise(near.square[:, None], near.distance)).all()
