@@ -113,12 +113,20 @@ def pairs(module: Any) -> None:
     module.Points(torch.empty(2048, 3584, dtype=torch.bfloat16), every).apart(every, every)
 
 
+def column_mean_attention(module: Any, dtype: torch.dtype, channels: int) -> None:
+    query = torch.empty(1, 16, 729, channels, dtype=dtype)
+    module.column_mean_attention(query, query, channels**-0.5)
+
+
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
     ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
     ("density_peaks", "bf16 shifted, k = 7", lambda m: density_peaks(m, torch.bfloat16, True, 15)),
     ("density_peaks", "fp32, k = 7", lambda m: density_peaks(m, torch.float32, True, 15)),
     ("density_peaks", "bf16", pairs),
+    ("column_mean_attention", "bf16, d = 72", lambda m: column_mean_attention(m, torch.bfloat16, 72)),
+    ("column_mean_attention", "bf16, d = 128", lambda m: column_mean_attention(m, torch.bfloat16, 128)),
+    ("column_mean_attention", "fp32, d = 72", lambda m: column_mean_attention(m, torch.float32, 72)),
 ]
 
 

@@ -189,3 +189,31 @@ def test_rounding_stays_below_its_bound(channels: int, dtype: torch.dtype) -> No
         near = points.scan(every, every, origin, MOST_KEPT)
         true = (x.double()[:, None] - x.double()[near.point]).square().sum(-1)
         assert ((near.distance - true).abs() <= 0.5 * points.noise(near.square[:, None], near.distance)).all()
+
+
+# -- column_mean_attention ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 2, 150, 72), (2, 1, 130, 16), (1, 1, 1, 5), (1, 1, 20, 120)])
+def test_received_attention_is_that_of_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, key, scale = 3 * randn(*shape).to(dtype), randn(*shape, seed=1).to(dtype), shape[-1] ** -0.5
+    got = implementation("column_mean_attention")(query.to(DEVICE), key.to(DEVICE), scale).cpu()
+    want = implementation("column_mean_attention", "naive")(query, key, scale)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=0, rtol=5e-6)
+    logits = query.double() @ key.double().transpose(-1, -2) * scale
+    for mine, right, true in zip(got, want, logits.softmax(-1).mean((1, 2)), strict=True):
+        for m in (len(true) // 10, len(true) // 2):
+            chosen, best = ops.top_tokens(mine[None], m)[0], ops.top_tokens(right[None], m)[0]
+            assert torch.equal(chosen, best) or assert_same_choice(chosen, ops.top_tokens(true[None], m)[0], true)
+
+
+def test_received_attention_of_heads_between_others_and_of_large_logits() -> None:
+    # As a projection leaves them: [B, N, 3 * H * d], of which queries and keys are views.
+    wide = randn(2, 40, 3, 3, 24).to(DEVICE)
+    query, key = (wide[:, :, i].transpose(1, 2) for i in (0, 2))
+    want = implementation("column_mean_attention", "naive")
+    for scale in (0.2, 10.0):
+        got = implementation("column_mean_attention")(query, key, scale)
+        torch.testing.assert_close(got.cpu(), want(query.cpu(), key.cpu(), scale), atol=1e-7, rtol=1e-4)
+    empty = implementation("column_mean_attention")(query[:0], key[:0], 1.0)
+    assert empty.shape == (0, 40) and empty.dtype == torch.float32
