@@ -3,9 +3,9 @@
     python scripts/kernel_report.py                 # a table
     python scripts/kernel_report.py --json out.json
 
-Registers are those of a thread, of which 65,536 share a multiprocessor; spills are bytes of local memory a thread;
-shared memory is that of a program, 227 KiB at most. `wgmma` are Hopper's asynchronous tensor-core products, `mma` the
-older ones, `fma` those without tensor cores; `cp.async` are copies that overlap with them.
+Registers are those of a thread, of which 65,536 share a multiprocessor; spills are the bytes of local memory a thread
+uses for want of them; shared memory is that of a program, 227 KiB at most. `wgmma` are Hopper's asynchronous products
+on tensor cores, `mma` the older ones, `fma` those without; `cp.async` are copies that overlap with them.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def compiled(case: str, kernel: Any, arguments: tuple[Any, ...], constants: dict
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    registers, spills = usage(binary.asm["cubin"])
     ptx = binary.asm["ptx"]
+    registers, spills = usage(binary.asm["cubin"])
     products = next((kind for kind in ("wgmma", "mma.sync", "fma") if kind in ptx), "none").removesuffix(".sync")
     return Report(
         case, kernel.__name__.strip("_"), options.get("num_warps", 4), registers, spills, binary.metadata.shared,
@@ -92,10 +92,10 @@ def usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
-        raise RuntimeError(f"{tool.name} says nothing of registers: {out!r}")
+        raise RuntimeError(f"{tool.name} says nothing of registers: {said!r}")
     return int(found[1]), int(found[2])
 
 
@@ -118,6 +118,10 @@ def column_mean_attention(module: Any, dtype: torch.dtype, channels: int) -> Non
     module.column_mean_attention(query, query, channels**-0.5)
 
 
+def dpp_map(module: Any, n: int) -> None:
+    module.together([(torch.ones(n, 64), torch.zeros(n), 8)], 1e-6, "dot")
+
+
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
     ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
@@ -127,6 +131,9 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("column_mean_attention", "bf16, d = 72", lambda m: column_mean_attention(m, torch.bfloat16, 72)),
     ("column_mean_attention", "bf16, d = 128", lambda m: column_mean_attention(m, torch.bfloat16, 128)),
     ("column_mean_attention", "fp32, d = 72", lambda m: column_mean_attention(m, torch.float32, 72)),
+    ("dpp_map", "196 tokens", lambda m: dpp_map(m, 196)),
+    ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
+    ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),
 ]
 
 

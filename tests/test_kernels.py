@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 import test_ops_density_peaks_tiled as peaks
+import test_ops_dpp_map as dpp
 import torch
 from neartie import assert_same_choice
 from test_ops import equal, examples, moved, poisoned_memory, rand, randn
@@ -37,7 +38,9 @@ def implementation(op: str, kind: str = "kernel") -> Callable[..., Any]:
 def given(op: str) -> tuple[Any, ...]:
     """Arguments of an op."""
     arguments = examples()[op]
-    return (*(a[:2] for a in arguments[:2]), *arguments[2:]) if op == "density_peaks" else arguments
+    if op == "density_peaks":
+        return (*(a[:2] for a in arguments[:2]), *arguments[2:])
+    return (*arguments[:3], (4, 9, 6)) if op == "dpp_map" else arguments
 
 
 def same(a: Any, b: Any) -> bool:
@@ -217,3 +220,45 @@ def test_received_attention_of_heads_between_others_and_of_large_logits() -> Non
         torch.testing.assert_close(got.cpu(), want(query.cpu(), key.cpu(), scale), atol=1e-7, rtol=1e-4)
     empty = implementation("column_mean_attention")(query[:0], key[:0], 1.0)
     assert empty.shape == (0, 40) and empty.dtype == torch.float32
+
+
+# -- dpp_map -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("tokens", "relevance", "split", "kernel"),
+    [
+        ("random", "uniform", "one", "dot"),
+        ("clusters 0.5", "peaked", "several", "cosine"),
+        ("clusters 0.01", "equal", "several", "dot"),
+        ("few channels", "some zero", "empty", "dot"),
+        ("duplicates", "equal", "several", "cosine"),
+        ("massive x 30000", "uniform", "several", "dot"),
+        ("all equal", "equal", "several", "dot"),
+        ("some zero", "uniform", "several", "dot"),
+        ("bfloat16", "all zero", "several", "dot"),
+        ("bfloat16", "uniform", "one", "dot"),
+        ("float16", "uniform", "several", "cosine"),
+    ],
+)
+def test_picks_are_those_of_the_definition(
+    tokens: str, relevance: str, split: str, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vidcompress.ops.dpp_map import kernel as module
+
+    monkeypatch.setattr(module, "PANEL", 16)
+    h, own = dpp.TOKENS[tokens](), dpp.logs(dpp.RELEVANCE[relevance]())
+    with poisoned_memory():
+        got = module.dpp_map(*there((h, own)), *dpp.SPLITS[split], kernel=kernel)
+    assert got.dtype == torch.long
+    assert got.tolist() == dpp.defined(tokens, relevance, split, kernel)
+
+
+def test_picks_go_on_over_launches_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidcompress.ops.dpp_map import kernel as module
+
+    h, own = dpp.clusters(130, 96, 0.5), dpp.logs(rand(130, seed=2))
+    want = implementation("dpp_map", "naive")(h, own, [70, 60], [40, 7]).tolist()
+    assert implementation("dpp_map")(*there((h, own)), [70, 60], [40, 7]).tolist() == want
+    monkeypatch.setattr(module, "KERNEL_ELEMENTS", 1)
+    monkeypatch.setattr(module, "PANEL", 8)
+    assert implementation("dpp_map")(*there((h, own)), [70, 60], [40, 7]).tolist() == want
+    assert implementation("dpp_map")(*there((h[:0], own[:0])), [], []).tolist() == []

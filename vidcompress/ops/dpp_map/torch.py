@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vidcompress.ops.dpp_map.naive import TIED
+
+Segment: TypeAlias = tuple[Tensor, Tensor, int]
+"""Tokens [n, C], logarithms of relevance [n] in fp64, how many to keep."""
 
 LONGEST = {"cpu": 256, "cuda": 4096}
 """Segments up to this many tokens are solved together on their full kernels: one set of launches a pick. A longer one
@@ -35,38 +38,45 @@ def dpp_map(
     rank_eps: float = 1e-6,
     kernel: Literal["dot", "cosine"] = "dot",
 ) -> Tensor:
+    return solve(tokens, log_relevance, sizes, counts, rank_eps, kernel, together, KERNEL_ELEMENTS)
+
+
+def solve(
+    tokens: Tensor,
+    log_relevance: Tensor,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    rank_eps: float,
+    kind: str,
+    together: Callable[[list[Segment], float, str], list[Tensor]],
+    elements: int,
+) -> Tensor:
+    """`dpp_map`, short segments by `together`, as many at once as have `elements` elements of full kernels."""
     segments = [*zip(tokens.split(list(sizes)), log_relevance.double().split(list(sizes)), counts, strict=True)]
     picked: list[Tensor] = [torch.empty(0, dtype=torch.long, device=tokens.device)] * len(segments)
     longest = LONGEST.get(tokens.device.type, 1024)
     short = [m for m, count in enumerate(counts) if count and sizes[m] <= longest]
     while short:
-        fitting = max(1, KERNEL_ELEMENTS // max(sizes[m] for m in short) ** 2)
+        fitting = max(1, elements // max(sizes[m] for m in short) ** 2)
         group, short = short[:fitting], short[fitting:]
-        for m, picks in zip(group, _together([segments[m] for m in group], rank_eps, kernel), strict=True):
+        for m, picks in zip(group, together([segments[m] for m in group], rank_eps, kind), strict=True):
             picked[m] = picks
     for m, (h, own, count) in enumerate(segments):
         if count and sizes[m] > longest:
-            picked[m] = _Segment(h, own, count, rank_eps, kernel).solve()
+            picked[m] = _Segment(h, own, count, rank_eps, kind).solve()
     starts = [sum(sizes[:m]) for m in range(len(sizes))]
     return torch.cat(
         [picks + start for picks, start in zip(picked, starts, strict=True)] or [tokens.new_empty(0).long()]
     )
 
 
-def _together(segments: list[tuple[Tensor, Tensor, int]], rank_eps: float, kind: str) -> list[Tensor]:
+def together(segments: list[Segment], rank_eps: float, kind: str) -> list[Tensor]:
     """Greedy on the full kernels of several segments at once, shorter ones padded with tokens that are exhausted."""
-    device = segments[0][0].device
-    n, steps = max(len(h) for h, _, _ in segments), max(count for _, _, count in segments)
-    kernel = torch.zeros(len(segments), n, n, dtype=torch.float64, device=device)
-    relevance = torch.full((len(segments), n), -torch.inf, dtype=torch.float64, device=device)
-    for b, (h, own, _) in enumerate(segments):
-        rows = h.double()
-        rows = rows * _scale(rows, kind)
-        torch.mm(rows, rows.T, out=kernel[b, : len(h), : len(h)])
-        relevance[b, : len(h)] = own
+    kernel, relevance = kernels(segments, kind)
+    n, steps = relevance.shape[1], max(count for _, _, count in segments)
     left = kernel.diagonal(dim1=1, dim2=2).clone()  # [B, n] what the picks leave of a token, relevance aside
     limit = rank_eps * left
-    factor = torch.zeros(len(segments), steps, n, dtype=torch.float64, device=device)
+    factor = kernel.new_zeros(len(segments), steps, n)
     # When a token's turn comes: by relevance after all steps, unless a step picks it.
     turn = steps + relevance.argsort(dim=1, descending=True, stable=True).argsort(1)
     for step in range(steps):
@@ -88,6 +98,19 @@ def _together(segments: list[tuple[Tensor, Tensor, int]], rank_eps: float, kind:
         turn.scatter_(1, pick, turn.gather(1, pick).where(~alive, step))
     order = turn.argsort(1)
     return [order[b, :count] for b, (_, _, count) in enumerate(segments)]
+
+
+def kernels(segments: list[Segment], kind: str) -> tuple[Tensor, Tensor]:
+    """Kernels [B, n, n] and logarithms of relevance [B, n] in fp64, shorter segments padded with nothing."""
+    n, device = max(len(h) for h, _, _ in segments), segments[0][0].device
+    kernel = torch.zeros(len(segments), n, n, dtype=torch.float64, device=device)
+    relevance = torch.full((len(segments), n), -torch.inf, dtype=torch.float64, device=device)
+    for b, (h, own, _) in enumerate(segments):
+        rows = h.double()
+        rows = rows * _scale(rows, kind)
+        torch.mm(rows, rows.T, out=kernel[b, : len(h), : len(h)])
+        relevance[b, : len(h)] = own
+    return kernel, relevance
 
 
 def _scale(rows: Tensor, kind: str) -> Tensor:
