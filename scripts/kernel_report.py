@@ -122,6 +122,10 @@ def dpp_map(module: Any, n: int) -> None:
     module.together([(torch.ones(n, 64), torch.zeros(n), 8)], 1e-6, "dot")
 
 
+def frames(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(length, 196, 3584, dtype=dtype)
+
+
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
     ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
@@ -131,6 +135,9 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("column_mean_attention", "bf16, d = 72", lambda m: column_mean_attention(m, torch.bfloat16, 72)),
     ("column_mean_attention", "bf16, d = 128", lambda m: column_mean_attention(m, torch.bfloat16, 128)),
     ("column_mean_attention", "fp32, d = 72", lambda m: column_mean_attention(m, torch.float32, 72)),
+    ("cosine_fingerprint", "bf16, 16 frames", lambda m: m.cosine_fingerprint(frames(16, torch.bfloat16))),
+    ("cosine_fingerprint", "bf16, 32 frames", lambda m: m.cosine_fingerprint(frames(32, torch.bfloat16))),
+    ("cosine_fingerprint", "fp32, 32 frames", lambda m: m.cosine_fingerprint(frames(32, torch.float32))),
     ("dpp_map", "196 tokens", lambda m: dpp_map(m, 196)),
     ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
     ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),

@@ -19,7 +19,7 @@ import test_ops_density_peaks_tiled as peaks
 import test_ops_dpp_map as dpp
 import torch
 from neartie import assert_same_choice
-from test_ops import equal, examples, moved, poisoned_memory, rand, randn
+from test_ops import FINGERPRINTS, equal, examples, moved, poisoned_memory, rand, randn
 from torch import Tensor
 
 from vidcompress import ops
@@ -262,3 +262,29 @@ def test_picks_go_on_over_launches_and_groups(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "PANEL", 8)
     assert implementation("dpp_map")(*there((h, own)), [70, 60], [40, 7]).tolist() == want
     assert implementation("dpp_map")(*there((h[:0], own[:0])), [], []).tolist() == []
+
+
+# -- cosine_fingerprint ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", FINGERPRINTS)
+def test_fingerprints_are_those_of_the_definition(case: str) -> None:
+    tokens = FINGERPRINTS[case]()[:, :12]
+    got = implementation("cosine_fingerprint")(tokens.to(DEVICE)).cpu()
+    want = implementation("cosine_fingerprint", "naive")(tokens)
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    torch.testing.assert_close(got, want, atol=2e-7, rtol=1e-5)
+    unit = torch.nn.functional.normalize(tokens.double(), dim=-1, eps=1e-30).transpose(0, 1)  # [P, L, C]
+    true = (unit @ unit.transpose(1, 2)).diff(dim=1).abs().mean((1, 2))  # [P] fp64
+    for count in (1, len(true) // 2):
+        chosen = ops.top_tokens(-got[None], count)[0]
+        assert_same_choice(chosen, ops.top_tokens(-true[None], count)[0], -true)
+
+
+def test_fingerprints_of_many_channels_and_frozen_frames() -> None:
+    x = randn(18, 4, 200)
+    x[3:11, 1] = x[2, 1]
+    x[:, 2] = x[0, 2]
+    got = implementation("cosine_fingerprint")(x.to(DEVICE)).cpu()
+    torch.testing.assert_close(got, implementation("cosine_fingerprint", "naive")(x), atol=2e-7, rtol=1e-5)
+    assert got[2] == 0
+    for tokens in (x[:1], x[:, :0]):
+        assert torch.equal(implementation("cosine_fingerprint")(tokens.to(DEVICE)).cpu(), torch.zeros(tokens.shape[1]))
