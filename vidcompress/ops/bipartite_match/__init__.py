@@ -29,4 +29,4 @@ def bipartite_match(tokens: Tensor, count: int, protected: int = 0) -> tuple[Ten
     able = max(0, len(tokens) - protected)
     if not 0 <= count <= able // 2:
         raise ValueError(f"count must be 0 to half of the {able} tokens that may merge, got {count}")
-    return implementation("bipartite_match")(tokens, count, protected)
+    return implementation("bipartite_match", tokens.device)(tokens, count, protected)

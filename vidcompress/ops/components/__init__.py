@@ -21,4 +21,4 @@ def components(vectors: Tensor, threshold: float) -> Tensor:
     Returns:
         [M] long. No [M, M] matrix exists.
     """
-    return implementation("components")(vectors, threshold)
+    return implementation("components", vectors.device)(vectors, threshold)

@@ -33,4 +33,4 @@ def farthest_points(tokens: Tensor, count: int, period: int = 1) -> Tensor:
         raise ValueError(f"count must be 0 to all {len(tokens)} tokens, got {count}")
     if period < 1:
         raise ValueError(f"period must be at least 1 token, got {period}")
-    return implementation("farthest_points")(tokens, count, period)
+    return implementation("farthest_points", tokens.device)(tokens, count, period)

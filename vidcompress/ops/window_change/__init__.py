@@ -19,4 +19,4 @@ def window_change(tokens: Tensor) -> Tensor:
         [P] fp64, exactly 0 below 1e-6: as little is rounding; 0 for a window of one frame. Two zero tokens have not
         changed, a zero token has cosine 0 with any other (docs/decisions.md, D12).
     """
-    return implementation("window_change")(tokens)
+    return implementation("window_change", tokens.device)(tokens)
