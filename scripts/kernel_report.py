@@ -40,7 +40,7 @@ TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.bool: "i1",
+    torch.uint8: "u8",
 }
 
 
@@ -126,6 +126,12 @@ def frames(length: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(length, 196, 3584, dtype=dtype)
 
 
+def select_in_turn(module: Any, positions: int) -> None:
+    scores = torch.empty(32, positions, dtype=torch.float64)
+    static = torch.zeros(1, positions, dtype=torch.bool)
+    module.select_in_turn(scores, scores, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
+
+
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
     ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
@@ -141,6 +147,8 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("dpp_map", "196 tokens", lambda m: dpp_map(m, 196)),
     ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
     ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),
+    ("select_in_turn", "196 positions", lambda m: select_in_turn(m, 196)),
+    ("select_in_turn", "729 positions", lambda m: select_in_turn(m, 729)),
 ]
 
 

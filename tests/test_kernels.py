@@ -288,3 +288,17 @@ def test_fingerprints_of_many_channels_and_frozen_frames() -> None:
     assert got[2] == 0
     for tokens in (x[:1], x[:, :0]):
         assert torch.equal(implementation("cosine_fingerprint")(tokens.to(DEVICE)).cpu(), torch.zeros(tokens.shape[1]))
+
+
+# -- select_in_turn -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("lengths", "positions"), [([3, 1, 2], 40), ([4], 33), ([1, 1], 1), ([2], 100), ([], 7)])
+def test_selections_are_those_of_the_definition(lengths: list[int], positions: int) -> None:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    segments = list(zip([0, *ends[:-1]], ends, strict=False))
+    frames = sum(lengths)
+    scores, again = (rand(frames, positions, seed=s).double().round(decimals=1) for s in (1, 2))
+    static, counts = rand(len(lengths), positions) < 0.6, (rand(frames, seed=3) * (positions + 1)).long()
+    arguments = (scores, again, segments, static, counts)
+    with poisoned_memory():
+        got = implementation("select_in_turn")(*there(arguments))
+    assert equal(tuple(x.cpu() for x in got), implementation("select_in_turn", "naive")(*arguments))

@@ -133,6 +133,13 @@ def examples() -> dict[str, tuple[Any, ...]]:
         ),
         "nearest": (tokens.flatten(0, 1), randn(7, 24, seed=1), "cosine"),
         "retention_pool": (tokens.flatten(0, 1), torch.arange(89, 4, -1), 0.3, 30),
+        "select_in_turn": (
+            rand(6, 15).double(),
+            rand(6, 15).double() * 0.1,
+            ((0, 4), (4, 6)),
+            rand(2, 15, seed=1) < 0.5,
+            torch.tensor([3, 0, 15, 4, 7, 5]),
+        ),
         "spectral_entropy": (tokens.flatten(0, 1),),
         "text_attention": (
             randn(4, 3, 8),
@@ -1142,6 +1149,30 @@ def test_anchor_budgets_by_hand(
     lengths: list[int], positions: int, budget: int, salient: int, weights: list[float], interval: int, want: tuple
 ) -> None:
     assert ops.anchor_budgets(spans(lengths), positions, budget, salient, weights, interval) == want
+
+
+# -- select_in_turn -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["naive", "torch"])
+def test_selection_by_hand(kind: str) -> None:
+    # Position 0 is static: picked in frame 0, it counts .1 in frames 1 and 2. Frame 3 is another segment.
+    run = implementations("select_in_turn")[kind == "torch"]
+    scores = torch.tensor([[9.0, 1, 1, 1], [9, 3, 3, 2], [9, 0, 0, 0], [9, 0, 0, 0]], dtype=torch.float64)
+    static = torch.tensor([[True, False, False, False], [False] * 4])
+    picked, repeated = run(scores, 0 * scores + 0.1, [(0, 3), (3, 4)], static, torch.tensor([1, 2, 1, 2]))
+    assert picked.int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert repeated.int().tolist() == [[1, 0, 0, 0]] * 3 + [[0] * 4]
+
+
+@quick
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 9))
+def test_selection_equals_definition(lengths: list[int], positions: int) -> None:
+    naive, fast = implementations("select_in_turn")
+    frames = sum(lengths)
+    scores, again = (rand(frames, positions, seed=s).double().round(decimals=1) for s in (1, 2))
+    static, counts = rand(len(lengths), positions) < 0.6, (rand(frames, seed=3) * (positions + 1)).long()
+    arguments = (scores, again, spans(lengths), static, counts)
+    assert equal(fast(*arguments), naive(*arguments))
+    assert torch.equal(naive(*arguments)[0].sum(1), counts)
 
 
 # -- segment_frames ----------------------------------------------------------------------------------------------------

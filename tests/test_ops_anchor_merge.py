@@ -1,4 +1,4 @@
-"""anchor_merge against its definition and against numbers worked out by hand; select_in_turn by hand."""
+"""anchor_merge and select_in_turn against numbers worked out by hand, the former against its definition too."""
 
 from __future__ import annotations
 
@@ -175,19 +175,20 @@ def test_launches_do_not_grow_with_the_frames(monkeypatch: pytest.MonkeyPatch) -
 
 
 # -- select_in_turn ----------------------------------------------------------------------------------------------------
-def test_selection_in_turn_by_hand() -> None:
+@both
+def test_selection_in_turn_by_hand(kind: str) -> None:
     # Position 0 is static in the first segment: once picked it falls behind everything. Two segments side by side, one
     # without frames, and a frame that picks nothing.
-    scores = torch.tensor([[9.0, 1, 5, 0], [9, 1, 5, 0], [9, 1, 5, 0], [2, 8, 1, 0], [2, 8, 1, 0]])
+    scores = torch.tensor([[9.0, 1, 5, 0], [9, 1, 5, 0], [9, 1, 5, 0], [2, 8, 1, 0], [2, 8, 1, 0]]).double()
     static = torch.tensor([[True, False, False, False], [False] * 4, [False] * 4])
-    segments, counts = [(0, 3), (3, 3), (3, 5)], [1, 0, 2, 1, 2]
-    picked, held = ops.select_in_turn(scores, segments, counts, static, lambda score, again: score - 100.0 * again)
+    segments, counts = [(0, 3), (3, 3), (3, 5)], torch.tensor([1, 0, 2, 1, 2])
+    picked, held = implementations("select_in_turn")[kind == "torch"](scores, scores - 100, segments, static, counts)
     want = [[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]]
     assert picked.int().tolist() == want
     assert held.int().tolist() == [[1, 0, 0, 0]] * 3 + [[0, 0, 0, 0]] * 2
 
 
 def test_selection_in_turn_of_nothing() -> None:
-    nothing = torch.zeros(0, 4, dtype=torch.bool)
-    picked, held = ops.select_in_turn(torch.zeros(0, 4), [], [], nothing, lambda score, again: score)
+    nothing, none = torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, dtype=torch.float64)
+    picked, held = ops.select_in_turn(none, none, [], nothing, torch.zeros(0, dtype=torch.long))
     assert picked.shape == held.shape == (0, 4)

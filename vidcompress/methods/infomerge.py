@@ -7,6 +7,7 @@ mean of its position over the segment. A reconstruction: docs/decisions.md, D14,
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -62,7 +63,8 @@ class InfoMerge(Method):
         picks, anchors = ops.anchor_budgets(segments, p, budget, salient, weights.tolist(), self.anchor_interval)
         # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10-11, 29-30).
         attention = tokens.signal("saliency.head").view(t, p).double()
-        picked, replaced = ops.select_in_turn(attention, segments, picks, static, self._penalised)  # [T, P] each
+        penalised, count = self._penalised(attention), torch.tensor(picks)
+        picked, replaced = ops.select_in_turn(attention, penalised, segments, static, count)  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
         index = torch.arange(t * p, device=x.device).view(t, p)
         anchor = torch.zeros_like(picked)
@@ -106,12 +108,13 @@ class InfoMerge(Method):
             score = score + self.richness_weight * ops.standardise(rich, self.eps)
         return length * torch.sigmoid(self.temperature * score)
 
-    def _penalised(self, attention: Tensor, again: Tensor) -> Tensor:
+    def _penalised(self, attention: Tensor) -> Tensor:
+        """What attention to a static position that was picked before counts."""
         if self.penalty == "exp":
-            return attention * torch.exp(-self.penalty_strength * again)
+            return attention * math.exp(-self.penalty_strength)
         if self.penalty == "subtract":
-            return attention - self.penalty_strength * again
-        return attention / (1 + self.penalty_strength * again)
+            return attention - self.penalty_strength
+        return attention / (1 + self.penalty_strength)
 
 
 def _with_means(x: Tensor, replaced: Tensor, spans: Segments) -> Tensor:
@@ -130,9 +133,9 @@ def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: T
     p, own = score.shape[1], [f for f, count in enumerate(counts) if count]
     rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 2 * p * score.isneginf()
     rows = [(bisect_left(own, start), bisect_left(own, end)) for start, end in spans]
-    several = [counts[f] for f in own]
+    several = torch.tensor([counts[f] for f in own])
     chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
-    chosen[own] = ops.select_in_turn(-rank, rows, several, static, lambda score, again: score - p * again)[0]
+    chosen[own] = ops.select_in_turn(-rank.double(), -rank.double() - p, rows, static, several)[0]
     return chosen
 
 

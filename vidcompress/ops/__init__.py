@@ -1,5 +1,6 @@
-"""The steps that methods share. Each folder holds `naive.py`, the definition, and where it pays `torch.py`, as fast and
-as exact. All decisions are taken in fp32 or better, ties go to the lowest index, and two runs give the same bits.
+"""The steps that methods share. Each folder holds `naive.py`, the definition; where it pays `torch.py`, as fast and as
+exact; and where it pays more `kernel.py`, in Triton (docs/kernels.md). All decisions are taken in fp32 or better, ties
+go to the lowest index, and two runs give the same bits.
 """
 
 from vidcompress.ops.adjacent_difference import adjacent_difference
@@ -12,9 +13,9 @@ from vidcompress.ops.components import components
 from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.dpp_map import dpp_map
+from vidcompress.ops.even_shares import even_shares
 from vidcompress.ops.fair_shares import fair_shares
 from vidcompress.ops.farthest_points import farthest_points
-from vidcompress.ops.even_shares import even_shares
 from vidcompress.ops.frame_change import frame_change
 from vidcompress.ops.linkage import linkage
 from vidcompress.ops.max_cosine import max_cosine
@@ -42,9 +43,9 @@ __all__ = [
     "cosine_fingerprint",
     "density_peaks",
     "dpp_map",
+    "even_shares",
     "fair_shares",
     "farthest_points",
-    "even_shares",
     "frame_change",
     "linkage",
     "max_cosine",

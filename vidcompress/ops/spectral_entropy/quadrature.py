@@ -50,7 +50,7 @@ def spectral_sum(gram: Tensor) -> Tensor:
 
 
 def _nodes(like: Tensor) -> tuple[Tensor, Tensor]:
-    """([m], [m]) where the integral from 0 to 1 of a function that grows like a logarithm is to be taken, and weights."""
+    """([m], [m]) places and weights to integrate from 0 to 1 a function that grows like a logarithm."""
     # Golub and Welsch: the nodes are the eigenvalues of the Legendre polynomials' recurrence.
     k = torch.arange(1, NODES, dtype=torch.float64)
     beside = k / (4 * k.square() - 1).sqrt()

@@ -1,0 +1,62 @@
+"""Frame by frame selection by Triton: one program a segment, all segments in one launch.
+
+What was picked before stays in registers. A position's rank is the number of positions with a higher score, or an equal
+one and a lower index; those of rank below the frame's count are picked, which is what sorting does, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidcompress.ops.launch import launch
+
+
+def select_in_turn(
+    scores: Tensor, again: Tensor, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    scores, again, static = scores.contiguous(), again.contiguous(), static.contiguous()
+    positions, device = scores.shape[1], scores.device
+    picked, repeated = (torch.empty(scores.shape, dtype=torch.bool, device=device) for _ in range(2))
+    spans = torch.tensor(list(segments), dtype=torch.int32).view(-1, 2).to(device)
+    block = max(32, triton.next_power_of_2(positions))
+    launch(
+        _select, (len(segments),), scores, again, spans, static.view(torch.uint8), counts.to(device, torch.int32),
+        torch.empty_like(scores), picked.view(torch.uint8), repeated.view(torch.uint8), positions,
+        B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8,
+    )  # fmt: skip
+    return picked, repeated
+
+
+@triton.jit
+def _select(
+    scores, again, spans, static, counts, value, picked, repeated, positions, B: tl.constexpr, CHUNK: tl.constexpr
+):
+    segment = tl.program_id(0)
+    start, end = tl.load(spans + 2 * segment), tl.load(spans + 2 * segment + 1)
+    i = tl.arange(0, B)
+    inside = i < positions
+    fixed = tl.load(static + segment * positions + i, mask=inside, other=0) != 0
+    before = i < 0
+    for step in range(0, end - start):
+        frame = start.to(tl.int64) + step
+        row = frame * positions
+        own = tl.load(scores + row + i, mask=inside, other=0.0)
+        own = tl.where(before, tl.load(again + row + i, mask=inside, other=0.0), own)
+        tl.store(value + row + i, own, mask=inside)
+        tl.debug_barrier()  # every thread reads what others wrote
+        rank = tl.full((B,), 0, tl.int32)
+        for first in range(0, positions, CHUNK):
+            j = first + tl.arange(0, CHUNK)
+            other = tl.load(value + row + j, mask=j < positions, other=-float("inf"))
+            higher = other[None, :] > own[:, None]
+            higher = higher | ((other[None, :] == own[:, None]) & (j[None, :] < i[:, None]))
+            rank += tl.sum((higher & (j < positions)[None, :]).to(tl.int32), 1)
+        now = inside & (rank < tl.load(counts + frame))
+        before = before | (now & fixed)
+        tl.store(picked + row + i, now.to(tl.uint8), mask=inside)
+        tl.store(repeated + row + i, before.to(tl.uint8), mask=inside)

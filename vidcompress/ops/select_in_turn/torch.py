@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidcompress.ops.top_tokens.naive import top_tokens
+
+
+def select_in_turn(
+    scores: Tensor, again: Tensor, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    picked = torch.zeros_like(scores, dtype=torch.bool)
+    repeated, before = torch.zeros_like(picked), torch.zeros_like(static)
+    lengths = [end - start for start, end in segments]
+    # All segments side by side, the longest first: the others drop out.
+    order = sorted(range(len(segments)), key=lambda k: -lengths[k])
+    first = torch.tensor([segments[k][0] for k in order], dtype=torch.long, device=scores.device)
+    static, counts = static[order], counts.to(scores.device)
+    for step in range(max(lengths, default=0)):
+        n = sum(length > step for length in lengths)
+        frame = first[:n] + step
+        now = top_tokens(torch.where(before[:n], again[frame], scores[frame]), counts[frame])
+        before[:n] |= now & static[:n]
+        picked[frame], repeated[frame] = now, before[:n]
+    return picked, repeated
