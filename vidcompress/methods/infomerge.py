@@ -63,15 +63,13 @@ class InfoMerge(Method):
         picks, anchors = ops.anchor_budgets(segments, p, budget, salient, weights.tolist(), self.anchor_interval)
         # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10-11, 29-30).
         attention = tokens.signal("saliency.head").view(t, p).double()
-        penalised, count = self._penalised(attention), torch.tensor(picks)
-        picked, replaced = ops.select_in_turn(attention, penalised, segments, static, count)  # [T, P] each
+        again, count = self._penalised(attention), torch.tensor(picks)
+        picked, replaced = ops.select_in_turn(attention, again, segments, static, count)  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
         index = torch.arange(t * p, device=x.device).view(t, p)
-        anchor = torch.zeros_like(picked)
-        parts = []
+        anchor, parts = torch.zeros_like(picked), []
         for _, several in groupby(segments, lambda span: span[0] // GROUP_FRAMES):
-            group = [*several]
-            start, end = group[0][0], group[-1][1]
+            start, end = (group := [*several])[0][0], group[-1][1]
             spans = [(a - start, b - start) for a, b in group]
             k, counts, free = segments.index(group[0]), anchors[start:end], ~picked[start:end]
             seen = _with_means(x[start:end], replaced[start:end], spans)  # [L, P, C]
@@ -98,8 +96,8 @@ class InfoMerge(Method):
     def _segment_weights(self, x: Tensor, segments: Segments) -> Tensor:
         """[K] fp64: length times sigmoid of temperature times score; the score mixes uniqueness and richness."""
         length = torch.tensor([end - start for start, end in segments], dtype=torch.float64, device=x.device)
-        mean = torch.stack([x[start:end].sum((0, 1), dtype=torch.float64) for start, end in segments])
-        mean = mean / (length * x.shape[1])[:, None]  # [K, C]
+        total = torch.stack([x[start:end].sum((0, 1), dtype=torch.float64) for start, end in segments])
+        mean = total / (length * x.shape[1])[:, None]  # [K, C]
         share = length / length.sum() if self.global_mean == "token" else torch.full_like(length, 1 / len(segments))
         unique = 1 - cosine_similarity(mean, share @ mean, dim=-1, eps=1e-30)
         score = self.uniqueness_weight * ops.standardise(unique, self.eps)
@@ -109,7 +107,7 @@ class InfoMerge(Method):
         return length * torch.sigmoid(self.temperature * score)
 
     def _penalised(self, attention: Tensor) -> Tensor:
-        """What attention to a static position that was picked before counts."""
+        """What attention to a static position picked before counts."""
         if self.penalty == "exp":
             return attention * math.exp(-self.penalty_strength)
         if self.penalty == "subtract":
@@ -131,11 +129,11 @@ def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: T
     before comes after all others, in score order.
     """
     p, own = score.shape[1], [f for f, count in enumerate(counts) if count]
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 2 * p * score.isneginf()
+    place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 2 * p * score.isneginf()
     rows = [(bisect_left(own, start), bisect_left(own, end)) for start, end in spans]
-    several = torch.tensor([counts[f] for f in own])
+    rank, several = -place.double(), torch.tensor([counts[f] for f in own])
     chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
-    chosen[own] = ops.select_in_turn(-rank.double(), -rank.double() - p, rows, static, several)[0]
+    chosen[own] = ops.select_in_turn(rank, rank - p, rows, static, several)[0]
     return chosen
 
 
