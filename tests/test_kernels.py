@@ -27,6 +27,9 @@ from vidcompress.ops import dispatch
 from vidcompress.ops.density_peaks import torch as fast_peaks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EXPONENTIALS = 3e-5 if DEVICE.type == "cuda" else 5e-6
+"""Relative error of weights: a GPU's exponentials are good to 22 bits, and those of large logits to fewer."""
+
 KERNELS = [op for op in ops.__all__ if importlib.util.find_spec(f"vidcompress.ops.{op}.kernel")]
 every_kernel = pytest.mark.parametrize("op", KERNELS)
 
@@ -202,12 +205,14 @@ def test_received_attention_is_that_of_the_definition(shape: tuple[int, ...], dt
     got = implementation("column_mean_attention")(query.to(DEVICE), key.to(DEVICE), scale).cpu()
     want = implementation("column_mean_attention", "naive")(query, key, scale)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, atol=0, rtol=5e-6)
+    torch.testing.assert_close(got, want, atol=0, rtol=EXPONENTIALS)
     logits = query.double() @ key.double().transpose(-1, -2) * scale
     for mine, right, true in zip(got, want, logits.softmax(-1).mean((1, 2)), strict=True):
         for m in (len(true) // 10, len(true) // 2):
             chosen, best = ops.top_tokens(mine[None], m)[0], ops.top_tokens(right[None], m)[0]
-            assert torch.equal(chosen, best) or assert_same_choice(chosen, ops.top_tokens(true[None], m)[0], true)
+            assert torch.equal(chosen, best) or assert_same_choice(
+                chosen, ops.top_tokens(true[None], m)[0], true, tolerance=EXPONENTIALS
+            )
 
 
 def test_received_attention_of_heads_between_others_and_of_large_logits() -> None:
@@ -302,3 +307,102 @@ def test_selections_are_those_of_the_definition(lengths: list[int], positions: i
     with poisoned_memory():
         got = implementation("select_in_turn")(*there(arguments))
     assert equal(tuple(x.cpu() for x in got), implementation("select_in_turn", "naive")(*arguments))
+
+
+# -- on a GPU, at the sizes of real videos -----------------------------------------------------------------------------
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")(test))
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Normal numbers on the GPU."""
+    return torch.randn(*shape, device=DEVICE, dtype=dtype, generator=torch.Generator(DEVICE).manual_seed(0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_peaks_at_size(kind: str, dtype: torch.dtype) -> None:
+    x = drawn(20000, 896, dtype=dtype)
+    if kind == "clustered":
+        x = x[torch.arange(20000, device=DEVICE) % 300] + 0.5 * x
+    every = torch.ones(1, 20000, dtype=torch.bool, device=DEVICE)
+    got, want = (implementation("density_peaks", k)(x[None], every, 7)[0].cpu() for k in ("kernel", "torch"))
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+    mine, right = (ops.top_tokens(scores[None], 400)[0] for scores in (got, want))
+    assert_same_choice(mine, right, want.double(), logarithmic=True)
+
+
+@gpu
+def test_rounding_at_size() -> None:
+    from vidcompress.ops.density_peaks.kernel import Points
+
+    for channels, dtype in ((3584, torch.bfloat16), (3584, torch.float32), (8192, torch.float16)):
+        x = 1 + drawn(512, channels, dtype=dtype)
+        every = torch.arange(512, device=DEVICE)
+        points = Points(x, every)
+        for origin in (None, x[0].double()) if dtype != torch.float32 else (x[0].double(), points.middle()):
+            near = points.scan(every, every, origin, 15)
+            true = (x.double()[:, None] - x.double()[near.point]).square().sum(-1)
+            assert ((near.distance - true).abs() <= 0.5 * points.noise(near.square[:, None], near.distance)).all()
+
+
+@gpu
+def test_received_attention_at_size() -> None:
+    query, key = drawn(32, 16, 729, 72), drawn(32, 16, 729, 72).flip(0)
+    got, want = (implementation("column_mean_attention", k)(query, key, 72**-0.5) for k in ("kernel", "torch"))
+    torch.testing.assert_close(got, want, atol=0, rtol=EXPONENTIALS)
+
+
+@gpu
+def test_picks_at_size() -> None:
+    h, own = drawn(4 * 1568, 3584), drawn(4 * 1568, dtype=torch.float32)
+    for count in (31, 470):
+        arguments = (h, own, [1568] * 4, [count] * 4)
+        got, want = (implementation("dpp_map", k)(*arguments) for k in ("kernel", "torch"))
+        assert torch.equal(got, want)
+
+
+@gpu
+def test_fingerprints_at_size() -> None:
+    x = drawn(32, 196, 3584)
+    x[8:] = x[:1] + 0.01 * x[8:]
+    want = implementation("cosine_fingerprint", "naive")(x.cpu())
+    torch.testing.assert_close(implementation("cosine_fingerprint")(x).cpu(), want, atol=2e-7, rtol=1e-5)
+
+
+@gpu
+def test_selections_at_size() -> None:
+    scores, segments = drawn(512, 729, dtype=torch.float64), [(0, 128), (128, 136), (136, 512)]
+    static, counts = torch.rand(3, 729, device=DEVICE) < 0.1, torch.arange(512) % 700
+    got = implementation("select_in_turn")(scores, scores - 1, segments, static, counts)
+    want = implementation("select_in_turn", "torch")(scores, scores - 1, segments, static, counts)
+    assert equal(got, want)
+
+
+@gpu
+def test_beyond_two_to_the_31_elements() -> None:
+    x = drawn(620_000, 3584)
+    assert x.numel() > 2**31
+    last = torch.arange(620_000, device=DEVICE) >= 617_000
+    got = implementation("density_peaks")(x[None], last[None], 7)[:, last]
+    assert torch.equal(got, implementation("density_peaks")(x[None, last], last[None, last], 7))
+    frames = x.view(31, 20_000, 3584)
+    assert torch.equal(ops.cosine_fingerprint(frames)[-9:], ops.cosine_fingerprint(frames[:, -9:]))
+    heads = x.flatten()[: 2600 * 16 * 729 * 72].view(2600, 16, 729, 72)
+    assert heads.numel() > 2**31
+    got = implementation("column_mean_attention")(heads, heads, 0.1)[-2:]
+    assert torch.equal(got, implementation("column_mean_attention")(heads[-2:], heads[-2:], 0.1))
+
+
+@gpu
+@pytest.mark.parametrize("op", ["column_mean_attention", "cosine_fingerprint", "dpp_map"])
+def test_the_host_does_not_wait(op: str) -> None:
+    arguments = there(given(op))
+    implementation(op)(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        implementation(op)(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
