@@ -19,7 +19,7 @@ import test_ops_density_peaks_tiled as peaks
 import test_ops_dpp_map as dpp
 import torch
 from neartie import assert_same_choice
-from test_ops import FINGERPRINTS, equal, examples, moved, poisoned_memory, rand, randn
+from test_ops import FINGERPRINTS, equal, examples, moved, poisoned_memory, rand, randn, slow
 from torch import Tensor
 
 from vidcompress import ops
@@ -282,6 +282,13 @@ def test_fingerprints_are_those_of_the_definition(case: str) -> None:
     for count in (1, len(true) // 2):
         chosen = ops.top_tokens(-got[None], count)[0]
         assert_same_choice(chosen, ops.top_tokens(-true[None], count)[0], -true)
+
+
+def test_fingerprints_of_what_hardly_moves() -> None:
+    # The differences of cosines rounded to fp32 would be wrong in the second digit.
+    tokens = slow(5, 8, 24, 0.001)
+    got = implementation("cosine_fingerprint")(tokens.to(DEVICE)).cpu()
+    torch.testing.assert_close(got, implementation("cosine_fingerprint", "naive")(tokens), atol=0, rtol=1e-4)
 
 
 def test_fingerprints_of_many_channels_and_frozen_frames() -> None:
