@@ -57,14 +57,24 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
     heads, keys = torch.randn(28, 50, 128, generator=draw), torch.randn(4, n + 50, 128, generator=draw)
     return {
         "anchor_merge": (x, ~anchors, anchors, counts, reach, 0.6),
+        "bipartite_match": (flat, n // 4),
         "column_mean_attention": (query, key, 72**-0.5),
+        "components": (x[0], 0.7),
         "cosine_fingerprint": (x[:segment],),
         "density_peaks": (x, rand(t, p) > 0.1, 4),
         "density_peaks, global": (flat[None], torch.ones(1, n, dtype=torch.bool, device=device), 7),
         "dpp_map": (flat[: segment * p], rand(segment * p).log(), [segment * p], [max(1, segment * p // 10)]),
+        "farthest_points": (flat[: segment * p], max(1, segment * p // 10)),
         "merge": (flat, keep, slot, torch.arange(n, device=device), weight),
         "nearest": (flat, flat[keep], "euclidean"),
         "retention_pool": (flat, rand(n).argsort(), 0.7, max(1, n // 10)),
+        "select_in_turn": (
+            rand(t, p).double(),
+            rand(t, p).double() - 1,
+            [(f, min(t, f + 8)) for f in range(0, t, 8)],
+            rand(-(-t // 8), p) < 0.1,
+            torch.full((t,), max(1, p // 20)),
+        ),
         "spectral_entropy": (flat[: segment * p],),
         "text_attention": (
             heads.to(device),
@@ -73,6 +83,7 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
             n + torch.arange(50, device=device),
             torch.arange(n, device=device),
         ),
+        "window_change": (x[:segment],),
     }
 
 

@@ -131,7 +131,10 @@ def walk(compression: Method | Pipeline, tokens: VideoTokens, depth: int = 28) -
     notes: dict[str, dict[str, Any]] = {}
     for site, method in Pipeline.of(compression).stages(depth).items():
         earlier = notes.get(method.name, {})
-        signals = {key: s if key in WHOLE else s[..., index] for key, s in tokens.signals.items()}
+        signals = {
+            key: s if key in WHOLE else s[index] if key == "tower_keys" else s[..., index]
+            for key, s in tokens.signals.items()
+        }
         seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, earlier, entered)
         reduction = method.decide(seen, site)
         yield Step(method, site, seen, reduction)

@@ -9,7 +9,7 @@ import torch
 from test_ops import implementations, randn
 from torch import Tensor
 
-fast = importlib.import_module("vidcompress.ops.spectral_entropy.torch")
+fast, quadrature = (importlib.import_module(f"vidcompress.ops.spectral_entropy.{m}") for m in ("torch", "quadrature"))
 
 
 def decaying(n: int, channels: int, power: float, mean: float = 0.0) -> Tensor:
@@ -40,7 +40,7 @@ SPECTRA = {
 @pytest.mark.parametrize("case", SPECTRA)
 def test_entropy_by_determinants(case: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "DETERMINANTS", ("cpu",))
-    monkeypatch.setattr("vidcompress.ops.spectral_entropy.quadrature.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(quadrature, "CHUNK_ELEMENTS", elements)
     tokens = SPECTRA[case]()
     got, again = fast.spectral_entropy(tokens), fast.spectral_entropy(tokens)
     assert got.dtype == torch.float64 and torch.equal(got, again)

@@ -179,14 +179,19 @@ def test_what_a_video_becomes(name):
 
 
 INNER = {
+    "cdpruner": lambda depth: [0],
     "fastv": lambda depth: [2],
-    "hieravid": lambda depth: [depth // 4, depth // 2, 3 * depth // 4],
-    "pyramiddrop": lambda depth: [depth // 4, depth // 2, 3 * depth // 4],
-    "text_aware_merge": lambda depth: [round(depth * 9 / 14)],
-    "unified": lambda depth: [round(depth * 9 / 14)],
+    "framefusion": lambda depth: list(range(depth)),
+    "streamingllm": lambda depth: [2],
 }
+INNER |= dict.fromkeys(("hieravid", "pyramiddrop"), lambda depth: [depth // 4, depth // 2, 3 * depth // 4])
+INNER |= dict.fromkeys(("prunevid", "prunevid_inner"), lambda depth: [round(depth * 10 / 32)])
+INNER |= dict.fromkeys(
+    ("holitom", "holitom_inner", "text_aware_merge", "unified"), lambda depth: [round(depth * 9 / 14)]
+)
 """Decoder layers at which methods act."""
-DECODER_ONLY = {"fastv", "pyramiddrop", "text_aware_merge"}
+DECODER_ONLY = {"cdpruner", "fastv", "framefusion", "holitom_inner", "prunevid_inner", "pyramiddrop", "streamingllm"}
+DECODER_ONLY |= {"text_aware_merge"}
 
 
 @models
@@ -196,11 +201,11 @@ def test_where_methods_act(name):
     model.set_attn_implementation("sdpa")
     before = anatomy(model)
     for method in [*list_methods(), *list_presets()]:
-        if name.startswith("qwen3") and method == "fastv":
-            with pytest.raises(ValueError, match=r"fastv acts at decoder\[2\].*begin at layer 3"):
+        layers = INNER.get(load(method).name, lambda depth: [])(depth)
+        if name.startswith("qwen3") and layers and layers[0] < 3:
+            with pytest.raises(ValueError, match=rf"{method} acts at decoder\[{layers[0]}\].*begin at layer 3"):
                 compress(model, method)
             continue
-        layers = INNER.get(load(method).name, lambda depth: [])(depth)
         with compress(model, method) as handle:
             stages = handle.compression.stages(depth)
             assert [site.layer for site in stages if site.is_inner] == layers
