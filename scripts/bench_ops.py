@@ -4,8 +4,8 @@
     python scripts/bench_ops.py --grid 32x14x14 --channels 3584 --implementations torch,kernel --out ops.json
 
 Milliseconds are the median of `--repeat` rounds after one that warms up, megabytes the most beyond the inputs. Tokens
-are shots of eight frames, as in bench_methods.py. The definitions are written to be read: bench_inside.py compares with
-what a straightforward port of the papers would do.
+are shots of eight frames, as in `vidcompress bench`. The definitions are written to be read: bench_inside.py compares
+with what a straightforward port of the papers would do.
 """
 
 from __future__ import annotations

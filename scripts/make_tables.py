@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+OFFICIAL = {
+    "fastv": ["fastv"],
+    "fastvid": ["fastvid", "fastvid_llava_video", "fastvid_qwen25vl"],
+    "holitom": ["holitom_outer", "holitom_inner"],
+    "prumerge_plus": ["prumerge"],
+    "prunevid_inner": ["prunevid"],
+    "prunevid_outer": ["prunevid"],
+    "visionzip": ["visionzip_video", "visionzip_clip"],
+}
+"""Recordings of official codes (tests/golden) that a method equals, where they are not called like the method."""
+
+REFERENCE = {
+    "hieravid": ["hieravid"],
+    "infomerge": ["infomerge"],
+    "text_aware_merge": ["unified_inner"],
+    "unified": ["unified", "unified_inner"],
+    "unified_pool": ["unified"],
+}
+"""Those of an independent reference, for methods without official code."""
 
 
 def render(text: str) -> str:
@@ -16,12 +40,27 @@ def render(text: str) -> str:
     ensure_torchvision()
     from vidcompress.tables import backbone_rows, markdown, method_rows
 
-    for name, rows in (("methods", method_rows()), ("backbones", backbone_rows())):
+    header, methods = method_rows()
+    methods = [(*row, recorded(row[0])) for row in methods]
+    for name, rows in (("methods", ((*header, "recorded cases equal"), methods)), ("backbones", backbone_rows())):
         mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not mark.search(text):
             raise ValueError(f"README.md has no marks <!-- {name} --> ... <!-- /{name} -->")
         text = mark.sub(lambda m, rows=rows: m[1] + markdown(rows) + "\n" + m[2], text)
     return text
+
+
+def recorded(method: str) -> str:
+    """How many recorded runs the tests compare with, and whose."""
+    stems, whose = (
+        (REFERENCE[method], "a slow reference") if method in REFERENCE else (OFFICIAL.get(method, [method]), "")
+    )
+    files = [path for stem in stems for path in (ROOT / "tests" / "golden").rglob(f"{stem}.safetensors")]
+    count = 0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            count += len(json.loads(file.metadata()["cases"]))
+    return f"{count} of {whose or 'the official code'}" if count else ""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from vidcompress.compat import ensure_torchvision, require
 from vidcompress.costs import DECODED, FORMULAS, Estimate, dimensions, estimate
 from vidcompress.method import DEPTH, Pipeline
-from vidcompress.tables import Rows, backbone_rows, method_rows, result_rows, rich_table
+from vidcompress.tables import ABSENT, Rows, backbone_rows, method_rows, result_rows, rich_table
 
 app = typer.Typer(
     help="Training-free compression of video tokens in Hugging Face video-LLMs.",
@@ -83,11 +83,19 @@ def run(
 
 
 @app.command("list")
-def list_(backbones: Annotated[bool, typer.Option("--backbones", help="Models instead of methods.")] = False) -> None:
+def list_(
+    backbones: Annotated[bool, typer.Option("--backbones", help="Models instead of methods.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also what is not here, and why.")] = False,
+) -> None:
     """The methods, or the models they run on."""
     if backbones:
         ensure_torchvision()
     out.print(rich_table(backbone_rows() if backbones else method_rows()))
+    if every:
+        from vidcompress.patches import REFUSED
+
+        missing = REFUSED if backbones else ABSENT
+        out.print(rich_table((("not here", "because"), list(missing.items()))))
 
 
 @app.command()
@@ -158,6 +166,44 @@ def flops(
         decoded = f", {decode_tokens} tokens decoded" if FORMULAS[name].decodes else ""
         out.print(f"TFLOPs by formula {name}{decoded} ({FORMULAS[name].paper}): {FORMULAS[name].counts}")
         out.print(rich_table(_flops_rows(estimates, name, per_layer)))
+
+
+@app.command()
+def bench(
+    methods: Annotated[str, typer.Option(help="By comma, or all (but those that take minutes).")] = "all",
+    grids: Annotated[str, typer.Option(help="Frames x rows x columns of video tokens; several by comma.")] = "32x14x14",
+    retention_ratio: Annotated[float, typer.Option(help="Fraction of video tokens kept, in (0, 1].")] = 0.1,
+    channels: Annotated[int, typer.Option(min=1)] = 3584,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option("--out", help="A JSON file.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="A picture of ms a frame over frames.")] = None,
+) -> None:
+    """Times what methods decide and merge, on synthetic tokens: one run, equal counts, memory, launches and FLOPs."""
+    import torch
+
+    from vidcompress import bench as benchmark
+
+    sides = [_sides(grid) for grid in grids.split(",")]
+    names = None if methods == "all" else methods.split(",")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = benchmark.report(sides, names, retention_ratio=retention_ratio, channels=channels, repeat=repeat)
+    finally:
+        torch.set_num_threads(before)
+    if output:
+        benchmark.save(found, output)
+    if picture:
+        benchmark.plot(found["rows"], picture)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    rows = found.pop("rows")
+    header = tuple(rows[0])
+    out.print(rich_table((header, [tuple(str(row[name]) for name in header) for row in rows])))
+    out.print(", ".join(f"{name} {value}" for name, value in found.items()))
 
 
 @app.command()

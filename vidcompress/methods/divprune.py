@@ -3,7 +3,7 @@
 Max-min diversity by cosine distance, greedily: first the token farthest from its nearest other, then always the one
 whose nearest kept token is farthest. The code builds all N x N distances. Here no more than a few columns exist at a
 time, and the picks are those of fp64; but a pick still depends on a distance to every kept token, which is r * N * N
-products of C channels where nothing can be ruled out. On unrelated pictures (scripts/bench_methods.py, 32 x 196 tokens
+products of C channels where nothing can be ruled out. On unrelated pictures (`vidcompress bench`, 32 x 196 tokens
 of 3584 channels, one thread) about half of them have to be taken, and this costs six to eight times what FastVID does.
 It is slowest, up to 20 seconds, where the whole video is nearly still, because fp64 then decides everything.
 """
