@@ -90,7 +90,8 @@ class Launches:
 
     Attributes:
         kernels: launched on the GPU, copies and fills included; on a CPU the operators that would launch some, one
-            each, so that an operator of many kernels (a sort, an eigenvalue solver) counts too little.
+            each: too few where an operator is many kernels (a sort, an eigenvalue solver), too many where work is cut
+            into pieces that fit a CPU's caches.
         waits: for the device.
         by: kernels by name, most frequent first.
     """

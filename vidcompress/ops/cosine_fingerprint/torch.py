@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Workspace: fp32 copies of so many positions at once."""
 
 
@@ -12,7 +12,8 @@ def cosine_fingerprint(tokens: Tensor) -> Tensor:
     out = torch.zeros(positions, dtype=torch.float32, device=tokens.device)
     if length == 1:
         return out
-    step = max(1, CHUNK_BYTES // (8 * length * channels + 4 * length * length))
+    room = CHUNK_BYTES.get(tokens.device.type, 64 << 20)
+    step = max(1, room // (8 * length * channels + 4 * length * length))
     for p in range(0, positions, step):
         x = tokens[:, p : p + step].transpose(0, 1).float()  # [p, L, C]
         norm = x.norm(dim=-1, keepdim=True)

@@ -10,8 +10,8 @@ from vidcompress.ops.density_peaks.tiled import tiled_scores
 TILED_ABOVE = 2048
 """Tokens a row beyond which its distance matrix does not exist, only tiles of it."""
 
-CHUNK_FRAMES = 32
-"""Frames whose distance matrices exist at once."""
+CHUNK_FRAMES = {"cpu": 4, "cuda": 32}
+"""Frames whose distance matrices exist at once: on a CPU what stays in its caches, and is not mapped anew each time."""
 
 CLOSE = 1e-3
 """Where two tokens are nearer than this, relative to their squared norms, the fast formula keeps too few digits for the
@@ -29,15 +29,16 @@ def density_peaks(
         extra = [None] * len(tokens) if noise is None else noise
         rows = [tiled_scores(x, own, neighbours, ties, e) for x, own, e in zip(tokens, candidates, extra)]
         return torch.stack(rows) if rows else tokens.new_empty(candidates.shape, dtype=torch.float32)
+    step = CHUNK_FRAMES.get(tokens.device.type, 32)
     chunks = [
         _scores(
-            tokens[b : b + CHUNK_FRAMES].float(),
-            candidates[b : b + CHUNK_FRAMES],
+            tokens[b : b + step].float(),
+            candidates[b : b + step],
             neighbours,
             ties,
-            None if noise is None else noise[b : b + CHUNK_FRAMES],
+            None if noise is None else noise[b : b + step],
         )
-        for b in range(0, tokens.shape[0], CHUNK_FRAMES)
+        for b in range(0, tokens.shape[0], step)
     ]
     return torch.cat(chunks) if chunks else tokens.new_empty(candidates.shape, dtype=torch.float32)
 

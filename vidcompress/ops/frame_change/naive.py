@@ -6,7 +6,7 @@ from torch import Tensor
 ROUNDING = 1e-13
 """As little 1 - cos is rounding in fp64: the tokens are equal, or copies of another length."""
 
-CHUNK_FRAMES = 8
+CHUNK_FRAMES = 4
 """Frames whose fp64 copies exist at once."""
 
 

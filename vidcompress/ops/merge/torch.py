@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """fp32 copies of so many channels at once."""
 
 
@@ -15,6 +15,7 @@ def merge(features: Tensor, keep: Tensor, slot: Tensor, source: Tensor, weight: 
         return features[keep]
     # A weighted bag of rows a slot: no [E, C] gather, and summed in order, unlike atomic adds.
     bag = {"input": source[order], "offsets": count.cumsum(0) - count, "per_sample_weights": weight[order].float()}
-    step = max(1, CHUNK_BYTES // (4 * features.shape[0]))
+    room = CHUNK_BYTES.get(features.device.type, 64 << 20)
+    step = max(1, room // (4 * features.shape[0]))
     parts = [embedding_bag(weight=part.float().contiguous(), mode="sum", **bag) for part in features.split(step, dim=1)]
     return features[keep].index_copy(0, mixed, torch.cat(parts, dim=1).to(features.dtype))
