@@ -147,7 +147,9 @@ def qwen_of(kind: str, deepstack: int, attn: str, layers: int) -> Any:
 def read_next_video(model: Any, inputs: oracle.Inputs, signals: Any = None) -> oracle.Said:
     """A prompt of LLaVA-NeXT-Video: saliency is what patches receive in the selected layer, the class token's row
     included, averaged as the features are."""
-    base, ids, pixels = model.model, inputs["input_ids"], inputs["pixel_values_videos"]
+    base, ids, pixels = model.model, inputs["input_ids"], inputs.get("pixel_values_videos")
+    if pixels is None:
+        return oracle.Said(model.get_input_embeddings()(ids), torch.arange(ids.shape[1] + 1)[None], [])
     frames, where = pixels.shape[1], ids[0] == VIDEO
     features = [f.reshape(-1, HIDDEN) for f in base.get_video_features(pixels, return_dict=True).pooler_output]
     embeds = model.get_input_embeddings()(ids).masked_scatter(where[None, :, None], torch.cat(features))

@@ -8,13 +8,18 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from tiny import METHODS, ONE, TWO, Prune, generate, step_logits
+from test_engine_generate import agrees, empty_cache, followed_by
+from test_engine_inner import stored
+from test_engine_llava_video import CASES, of
+from test_matrix import read_next_video
+from tiny import METHODS, ONE, TWO, Prune, compress, generate, step_logits
 from tiny_next_video import TOKENS, next_inputs, next_video
 from torch import Tensor
 from torch.nn import functional
 
 import vidcompress
 from vidcompress import patches
+from vidcompress.method import Pipeline
 
 
 class Keyed(Prune):
@@ -118,3 +123,56 @@ def test_batches_decoding_and_removal():
 def test_models_that_cannot_be_served_are_refused_with_the_reason(kind, why):
     with pytest.raises(ValueError, match=f"{kind} cannot be compressed: .*{why}.*vidcompress knows: .*llava_onevision"):
         patches.find(SimpleNamespace(model_type=kind))
+
+
+# -- against the oracle ------------------------------------------------------------------------------------------------
+def pair_of(method: Any, attn: str = "sdpa") -> tuple[Any, Any, Any]:
+    """A plain model, an equal one that is compressed, and its handle."""
+    plain, compressed = next_video(attn), next_video(attn)
+    return plain, compressed, compress(compressed, method)
+
+
+@pytest.mark.parametrize("name, positions, attn", CASES)
+def test_every_row_of_a_padded_batch_as_recomputed(name, positions, attn):
+    method = of(name, positions)
+    plain, model, handle = pair_of(method, attn)
+    inputs = next_inputs([ONE, [7, 8, 9], TWO])
+    got = generate(model, inputs, 4)
+    uncached = generate(model, inputs, 4, use_cache=False)
+    lengths = []
+    for b in range(3):
+        alone = oracle.row(inputs, b)
+        expected = oracle.answer(plain, alone, method, steps=4, read=read_next_video)
+        agrees(got, inputs, expected, b)
+        agrees(uncached, inputs, expected, b)
+        lengths.append(oracle.shorten(plain, alone, method, read=read_next_video).lengths(6))
+    assert handle.trace[0].layer_lengths == [max(each) for each in zip(*lengths)]
+    assert stored(got.past_key_values) == [n + 3 for n in handle.trace[0].layer_lengths]
+
+
+@pytest.mark.parametrize("name", ["merge", "outer and three"])
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_two_turns_on_one_cache(name, positions):
+    """A video in the first turn, words in the second, decided once; and what generate() wrote in between."""
+    method = of(name, positions)
+    plain, model, handle = pair_of(method)
+    inputs = next_inputs([ONE, TWO])
+    cache = empty_cache(model)
+    second = followed_by(generate(model, inputs, 4, past_key_values=cache), inputs, [21, 22, 23])
+    got = generate(model, second, 4, past_key_values=cache)
+    whole = dict(second, pixel_values_videos=inputs["pixel_values_videos"])
+    for b in range(2):
+        turns = [(int(inputs["attention_mask"][b].sum()), method)]
+        expected = oracle.answer(plain, oracle.row(whole, b), method, steps=4, turns=turns, read=read_next_video)
+        agrees(got, second, expected, b)
+    assert len(handle.trace) == 1
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_nothing_removed_is_bit_identical(attn):
+    model, inputs = next_video(attn), next_inputs([TWO, ONE])
+    plain = generate(model, inputs, 3)
+    with compress(model, Pipeline([Prune(retention_ratio=1.0)])):
+        kept = generate(model, inputs, 3)
+    assert torch.equal(kept.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(kept.logits, plain.logits, strict=True))
