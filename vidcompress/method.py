@@ -143,6 +143,37 @@ class Method:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+class TwoHalves:
+    """A method made of two, to be named first among the bases: the one that acts before the LLM, then the one inside.
+
+    A subclass gives both their names, and the fraction `keep_ratio` that the inner half keeps.
+    """
+
+    outer: ClassVar[type[Method]]
+    inner: ClassVar[type[Method]]
+    keep_ratio: float
+
+    @property
+    def inner_ratio(self) -> float:
+        """What the inner half takes for its own `retention_ratio`."""
+        return self.keep_ratio
+
+    def sites(self: Any, depth: int = DEPTH) -> list[Site]:
+        """Both halves'."""
+        return [*self.outer.sites(self, depth), *self.inner.sites(self, depth)]
+
+    def count(self: Any, site: Site, grid: Grid, entered: int, before: int) -> int:
+        """That of the half that acts there."""
+        return self._half(site).count(self, site, grid, entered, before)
+
+    def reduce(self: Any, tokens: VideoTokens, site: Site) -> Reduction:
+        """That of the half that acts there."""
+        return self._half(site).reduce(self, tokens, site)
+
+    def _half(self, site: Site) -> type[Method]:
+        return self.inner if site.is_inner else self.outer
+
+
 class Pipeline:
     """Several methods at different sites, in the order in which they act: at most one before the LLM, at most one at
     the input of each decoder layer. Each follows its own `positions`.

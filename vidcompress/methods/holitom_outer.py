@@ -88,14 +88,10 @@ class HoliTomOuter(Method):
 
     def _clusters(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[n] the centre that each of n tokens is merged into, and the weight it has there."""
-        index = torch.arange(len(x), device=x.device)
-        peaks = ops.density_peaks(x[None], torch.ones_like(index, dtype=torch.bool)[None], min(self.neighbours, count))
-        is_centre = ops.top_tokens(peaks, count)[0]
-        centre = index[is_centre]
-        joined = torch.where(is_centre, index, centre[ops.nearest(x, x[centre], "euclidean")])
+        index, joined = ops.density_clusters(x, count, min(self.neighbours, count))
         size = joined.bincount(minlength=len(x))[joined].float()
         own = 1 / size if self.beta is None else torch.where(size > 1, self.beta, 1.0)
-        return joined, torch.where(is_centre, own, (1 - own) / (size - 1).clamp_min(1))
+        return joined, torch.where(joined == index, own, (1 - own) / (size - 1).clamp_min(1))
 
 
 def _windows(still: Tensor, longest: int) -> list[tuple[int, int]]:

@@ -88,13 +88,9 @@ class PruneVidOuter(Method):
 
     def _joined(self, x: Tensor, count: int) -> Tensor:
         """[n] index of the density peak, one of `count`, that each of [n, C] joins."""
-        index = torch.arange(len(x), device=x.device)
         if count == len(x):
-            return index
-        peaks = ops.density_peaks(x[None], torch.ones_like(index, dtype=torch.bool)[None], self.neighbours)
-        is_centre = ops.top_tokens(peaks, count)[0]
-        centre = index[is_centre]
-        return torch.where(is_centre, index, centre[ops.nearest(x, x[centre], "euclidean")])
+            return torch.arange(count, device=x.device)
+        return ops.density_clusters(x, count, self.neighbours)[1]
 
     def _clusters(self, size: int) -> int:
         """Tokens that the official code keeps of a group."""

@@ -35,12 +35,10 @@ class UnifiedPool(Method):
         recycled[pool] = False
         if len(pool) == budget:
             return Reduction(pool.sort().values, len(x), notes={"pool": pool, "centres": pool[:0]})
-        peaks = ops.density_peaks(x[None], recycled[None], self.neighbours, self.density_ties)
-        centre = ops.top_tokens(peaks, budget - len(pool))[0].nonzero().squeeze(1)
-        # 3. Each recycled token joins the nearest centre, a centre its own; a cluster becomes its mean (eq. 3-4).
-        member = recycled.nonzero().squeeze(1)
-        joined = centre[ops.nearest(x[member], x[centre], "euclidean")]
-        joined = torch.where(torch.isin(member, centre), member, joined)
+        # 3. Each recycled token joins the nearest density peak, a peak its own; a cluster becomes its mean (eq. 3-4).
+        count = budget - len(pool)
+        member, joined = ops.density_clusters(x, count, self.neighbours, self.density_ties, recycled)
+        centre = member[joined == member]
         weight = 1 / joined.bincount(minlength=len(x))[joined].float()
         keep, notes = torch.cat([pool, centre]).sort().values, {"pool": pool, "centres": centre}
         return Reduction.merging(keep, len(x), [(joined, member, weight)], notes)

@@ -11,6 +11,7 @@ from vidcompress.ops.bipartite_match import bipartite_match
 from vidcompress.ops.column_mean_attention import column_mean_attention
 from vidcompress.ops.components import components
 from vidcompress.ops.cosine_fingerprint import cosine_fingerprint
+from vidcompress.ops.density_clusters import density_clusters
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.dpp_map import dpp_map
 from vidcompress.ops.even_shares import even_shares
@@ -41,6 +42,7 @@ __all__ = [
     "column_mean_attention",
     "components",
     "cosine_fingerprint",
+    "density_clusters",
     "density_peaks",
     "dpp_map",
     "even_shares",
