@@ -1,4 +1,4 @@
-"""Times every step of Unified and HieraVid against the naive version that makes N x N (or full) matrices, in one run.
+"""Times the steps of the methods against naive versions, which make N x N (or full) matrices or loop, in one run.
 
     python scripts/bench_inside.py --channels 3584 --grid 32x14x14 --repeat 3
 
@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import math
-import platform
 import statistics
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ ensure_torchvision()  # looked for when transformers is imported
 
 from vidcompress.engine.decoder_signals import LayerView  # noqa: E402
 from vidcompress.engine.sequence import Sequence  # noqa: E402
-from vidcompress.profiling import Work, megabytes, milliseconds  # noqa: E402
+from vidcompress.profiling import Work, device_at_hand, machine, megabytes, milliseconds  # noqa: E402
 
 
 @dataclass
@@ -113,6 +112,21 @@ def naive_nearest(x: Tensor, centres: Tensor) -> Tensor:
     return torch.cdist(x, x)[:, centres].argmin(1)
 
 
+def naive_fingerprint(x: Tensor) -> Tensor:
+    """Position by position, as differences of cosines."""
+    out = []
+    for p in range(x.shape[1]):
+        unit = nn.functional.normalize(x[:, p], dim=-1)
+        out.append((unit @ unit.T).diff(dim=0).abs().mean())
+    return torch.stack(out)
+
+
+def naive_entropy(x: Tensor) -> Tensor:
+    """From singular values."""
+    share = torch.linalg.svdvals(x).square()
+    return torch.special.entr(share / share.sum()).sum() / math.log(min(x.shape))
+
+
 def naive_merge(x: Tensor, slot: Tensor, count: int) -> Tensor:
     """Group means by a dense matrix."""
     dense = torch.zeros(count, len(x)).index_put_((slot, torch.arange(len(x))), torch.ones(len(x)))
@@ -152,6 +166,7 @@ def unified_steps(x: Tensor, ratio: float) -> list[Step]:
             "received attention, 4 frames",
             lambda: ops.column_mean_attention(query, key, 72**-0.5),
             lambda: naive_received(query, key, 72**-0.5),
+            0.5,
         ),
         Step(
             f"retention pool, {size}",
@@ -180,6 +195,33 @@ def unified_steps(x: Tensor, ratio: float) -> list[Step]:
             "merging",
             lambda: ops.merge(x, centres, joined, own, weight),
             lambda: naive_merge(x, joined, len(centres)),
+            0.25,
+        ),
+    ]
+
+
+def local_steps(x: Tensor, p: int) -> list[Step]:
+    """The steps that FastVID and InfoMerge take within a frame, or within a segment."""
+    frames = x.unflatten(0, (-1, p))
+    segment, everything = frames[:8], torch.ones(frames.shape[:2], dtype=torch.bool)
+    return [
+        Step(
+            "density peaks, frame by frame",
+            lambda: ops.density_peaks(frames, everything, 4),
+            lambda: torch.stack([naive_peaks(frame, 4) for frame in frames]),
+            0.6,
+        ),
+        Step(
+            f"fingerprints of {len(segment)} frames",
+            lambda: ops.cosine_fingerprint(segment),
+            lambda: naive_fingerprint(segment),
+            0.7,
+        ),
+        Step(
+            f"spectral entropy of {segment.shape[0] * p}",
+            lambda: ops.spectral_entropy(segment.flatten(0, 1)),
+            lambda: naive_entropy(segment.flatten(0, 1)),
+            0.25,
         ),
     ]
 
@@ -307,13 +349,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_at_hand()
     torch.set_default_device(device)
     t, h, w = (int(side) for side in options.grid.split("x"))
     with torch.device("cpu"):
         x = synthetic(t, h * w, options.channels)
     x = x.flatten(0, 1).to(device)
-    steps = unified_steps(x, options.retention_ratio) + hieravid_steps(x, h * w)
+    steps = unified_steps(x, options.retention_ratio) + hieravid_steps(x, h * w) + local_steps(x, h * w)
     steps += layer_steps(x, options.text, options.heads, options.kv_heads)
     steps += whole_steps(x, (t, h, w), options.retention_ratio)
     steps += merging_steps(x, options.text, options.retention_ratio)
@@ -324,9 +366,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
             rounds.append((milliseconds(step.ours, device), step.naive and milliseconds(step.naive, device)))
     memory = [(megabytes(step.ours, device), step.naive and megabytes(step.naive, device)) for step in steps]
     rows = [_row(step, *both) for step, both in zip(steps, zip(times, memory, strict=True), strict=True)]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    about = {"grid": options.grid, "channels": options.channels, "device": machine, "torch": torch.__version__}
-    about["threads"] = options.threads
+    about = machine() | {"grid": options.grid, "channels": options.channels}
     if options.json:
         print(json.dumps({**about, "rows": rows}, indent=1))
     else:

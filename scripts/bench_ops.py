@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import json
 import math
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidcompress.profiling import count_launches, megabytes, milliseconds
+from vidcompress.bench import synthetic
+from vidcompress.profiling import count_launches, device_at_hand, machine, megabytes, milliseconds, save
 
 IMPLEMENTATIONS = ("naive", "torch", "kernel")
-
-
-def synthetic(t: int, p: int, channels: int) -> Tensor:
-    """[T, P, C] in shots of eight frames."""
-    draw = torch.Generator().manual_seed(0)
-    picture = torch.randn(-(-t // 8), p, channels, generator=draw)
-    return picture[torch.arange(t) // 8] + 0.3 * torch.randn(t, p, channels, generator=draw)
 
 
 def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
@@ -118,9 +111,9 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     if not set(wanted) <= set(IMPLEMENTATIONS):
         parser.error(f"--implementations must be some of {', '.join(IMPLEMENTATIONS)}, got {options.implementations}")
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_at_hand()
     t, h, w = (int(side) for side in options.grid.split("x"))
-    calls = arguments(synthetic(t, h * w, options.channels).to(device, getattr(torch, options.dtype)))
+    calls = arguments(synthetic((t, h, w), options.channels, getattr(torch, options.dtype), device).frames)
     chosen = options.ops.split(",") if options.ops else list(calls)
     if not set(chosen) <= set(calls):
         parser.error(f"--ops must be some of {', '.join(calls)}, got {options.ops}")
@@ -136,19 +129,15 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
             if round_:
                 times[key].append(taken)
     rows = [_row(*key, times[key], times.get((key[0], "naive")), run, device) for key, run in work.items()]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    about = {"grid": options.grid, "channels": options.channels, "dtype": options.dtype, "device": machine}
-    about |= {"torch": torch.__version__, "threads": options.threads}
-    report = json.dumps({**about, "rows": rows}, indent=1)
+    about = machine() | {"grid": options.grid, "channels": options.channels, "dtype": options.dtype}
     if options.json:
-        print(report)
+        print(json.dumps({**about, "rows": rows}, indent=1))
     else:
         print(", ".join(f"{k} {v}" for k, v in about.items()))
         for row in rows:
             print("  ".join(f"{k} {v!s:<22}" for k, v in row.items()))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(report + "\n")
+        save({**about, "rows": rows}, options.out)
     return rows
 
 

@@ -16,8 +16,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import json
-import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,31 +31,30 @@ ensure_torchvision()  # looked for when transformers is imported
 
 import transformers  # noqa: E402
 
-from vidcompress.costs import Dimensions, flops  # noqa: E402
+from vidcompress.costs import Dimensions, dimensions, flops  # noqa: E402
 from vidcompress.measure import Run, timed_generate  # noqa: E402
 from vidcompress.method import Pipeline  # noqa: E402
+from vidcompress.models.llava_video_config import SO400M, LlavaVideoConfig, placeholders, pooled_side  # noqa: E402
+from vidcompress.profiling import device_at_hand, machine, save  # noqa: E402
 
 PUBLISHED = {("infomerge", 0.15): 4.24, ("infomerge", 0.1): 6.67, ("infomerge", 0.05): 12.43, ("unified", 0.02): 22.0}
 """Prefill speed-ups that the two papers state for LLaVA-OneVision-7B."""
 
-QWEN2_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-}
-SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
+
+def decoder(name: str) -> dict[str, Any]:
+    """Fields of a published model's Qwen2 config."""
+    of = dimensions(name)
+    return {
+        "hidden_size": of.hidden,
+        "intermediate_size": of.intermediate,
+        "num_hidden_layers": of.layers,
+        "num_attention_heads": of.heads,
+        "num_key_value_heads": of.kv_heads,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+    }
+
+
 TINY_TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -74,7 +71,6 @@ TINY_TOWER = {
     "num_attention_heads": 2,
     "image_size": 56,
     "patch_size": 14,
-    "vision_use_head": False,
 }
 
 
@@ -83,14 +79,12 @@ def llava(text: dict[str, Any], tower: dict[str, Any], video: bool = False) -> A
     vocabulary = text["vocab_size"]
     fields = {
         "text_config": {"model_type": "qwen2", **text},
-        "vision_config": {"model_type": "siglip_vision_model", **tower},
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **tower},
         "image_token_index": vocabulary - 2,
         "video_token_index": vocabulary - 1,
     }
     if not video:
         return transformers.LlavaOnevisionConfig(**fields)
-    from vidcompress.models.llava_video_config import LlavaVideoConfig
-
     return LlavaVideoConfig(**fields, mm_spatial_pool_mode="average", mm_newline_position="grid")
 
 
@@ -111,9 +105,9 @@ def qwen2_vl(text: dict[str, Any], side: int = 1280, depth: int = 32) -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "llava-onevision-7b": lambda: llava(QWEN2_7B, SO400M),
-    "llava-video-7b": lambda: llava(QWEN2_7B, SO400M, video=True),
-    "qwen2-vl-7b": lambda: qwen2_vl(QWEN2_7B),
+    "llava-onevision-7b": lambda: llava(decoder("llava-onevision-7b"), SO400M),
+    "llava-video-7b": lambda: llava(decoder("llava-video-7b"), SO400M, video=True),
+    "qwen2-vl-7b": lambda: qwen2_vl(decoder("qwen2-vl-7b")),
     "tiny": lambda: llava(TINY_TEXT, TINY_TOWER),
     "tiny-video": lambda: llava(TINY_TEXT, TINY_TOWER, video=True),
     "tiny-qwen": lambda: qwen2_vl(TINY_TEXT, 160, 2),
@@ -169,12 +163,10 @@ def prompt(model: Any, frames: int, text: int, batch: int) -> dict[str, Any]:
 
 def _places(config: Any, frames: int) -> int:
     """Placeholders of a LLaVA video."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    if hasattr(config, "mm_newline_position"):
-        from vidcompress.models.llava_video_config import placeholders
-
+    if isinstance(config, LlavaVideoConfig):
         return placeholders(frames, config.frame_side(), config.mm_newline_position)
-    return frames * (-(-side // 2)) ** 2 + 1
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return placeholders(frames, pooled_side(side, "bilinear"), "one_token")
 
 
 @contextlib.contextmanager
@@ -251,15 +243,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_at_hand()
     unknown = [name for name in options.models.split(",") if name not in MODELS]
     if unknown:
         parser.error(f"--models: {', '.join(unknown)} unknown; accepted: {', '.join(MODELS)}")
     ratios = [float(ratio) for ratio in options.retention.split(",")]
     rows: list[tuple[str | None, float]] = [(None, 1.0)]
     rows += [(method, ratio) for method in options.methods.split(",") for ratio in ratios if _takes(method, ratio)]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    about = {"device": machine, "torch": torch.__version__, "transformers": transformers.__version__}
+    about = machine() | {"transformers": transformers.__version__}
     about |= {"dtype": options.dtype, "frames": options.frames, "text": options.text, "weights": "random"}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     lines: list[dict[str, Any]] = []
@@ -281,8 +272,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**about, "rows": lines}, indent=1) + "\n")
+        save({**about, "rows": lines}, options.out)
     return lines
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, answers, clip, recorded
+from baseline_cases import GRIDS, KINDS, RATIOS, clip, recorded
 from tiny import ONE, compress, generate, llava, llava_inputs
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -112,16 +112,6 @@ def test_after_another_method() -> None:
     tokens = VideoTokens(tokens.features[index], (3, 2, 3), index, tokens.signals)
     reduction = CDPruner(retention_ratio=0.5).decide(tokens, FIRST)
     assert reduction.notes["counts"] == [3, 0, 1] and len(reduction) == 4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_is_storage_only(dtype: torch.dtype) -> None:
-    stored = clip((12, 4, 4), "slow", 24)
-    text = stored.signal("text_hidden").to(dtype)
-    stored = replace(stored, features=stored.features.to(dtype), signals={"text_hidden": text})
-    exact = replace(stored, features=stored.features.float(), signals={"text_hidden": text.float()})
-    method = CDPruner(retention_ratio=0.3)
-    assert answers(method, stored)[0] == answers(method, stored)[0] == answers(method, exact)[0]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, answers, clip, recorded
-from tiny import ONE, compress, generate, llava, llava_inputs
+from baseline_cases import GRIDS, KINDS, RATIOS, clip, recorded
 
-import vidcompress
 from vidcompress.method import floor
 from vidcompress.methods.divprune import DivPrune
 from vidcompress.tokens import Site, VideoTokens
@@ -74,30 +72,8 @@ def test_what_is_new_is_kept() -> None:
     assert reduction.notes["order"][0] == 31 and len(reduction) == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_is_storage_only(dtype: torch.dtype) -> None:
-    stored = clip((12, 4, 4), "slow", 24)
-    stored = replace(stored, features=stored.features.to(dtype))
-    keep, _ = answers(DivPrune(retention_ratio=0.3), stored)
-    exact = replace(stored, features=stored.features.float())
-    assert keep == answers(DivPrune(retention_ratio=0.3), stored)[0] == answers(DivPrune(retention_ratio=0.3), exact)[0]
-
-
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match=r"divprune: retention_ratio must be in \(0, 1\], got 0"):
         DivPrune(retention_ratio=0)
     with pytest.raises(TypeError, match="divprune: official must be of type bool"):
         DivPrune(official=1)
-
-
-def test_on_a_model() -> None:
-    model, inputs = llava(), llava_inputs([ONE])
-    with compress(model, "divprune", retention_ratio=0.3) as handle:
-        generate(model, inputs, 3)
-        step = handle.trace.last.steps[0]
-        assert (step.before, step.after) == (24, 7)
-        assert (
-            len(step.reduction.notes["order"])
-            == 7
-            == vidcompress.load("divprune", retention_ratio=0.3).budget(step.grid)
-        )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import ONE, compress, generate, llava, llava_inputs, video_grid
 
 import vidcompress
 from vidcompress.method import floor
@@ -127,16 +125,6 @@ def test_where_nothing_changes_the_first_tokens_stay(kind: str) -> None:
     assert reduction.keep.tolist() == want
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_dtype_is_storage_only(dtype: torch.dtype) -> None:
-    tokens = clip((9, 4, 4))
-    stored = replace(tokens, features=tokens.features.to(dtype))
-    first, again = (DyCoke(retention_ratio=0.4).decide(stored, PROJECTOR) for _ in range(2))
-    exact = DyCoke(retention_ratio=0.4).decide(replace(tokens, features=stored.features.float()), PROJECTOR)
-    assert torch.equal(first.keep, again.keep) and torch.equal(first.keep, exact.keep)
-    assert torch.equal(first.apply(stored.features), stored.features[first.keep])
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
@@ -149,14 +137,3 @@ def test_the_dtype_is_storage_only(dtype: torch.dtype) -> None:
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         vidcompress.load("dycoke", **settings)
-
-
-@pytest.mark.parametrize("settings", [{"retention_ratio": 0.5}, {"k": 0.7, "official": True}], ids=["ratio", "code"])
-def test_on_a_model(settings: dict[str, Any]) -> None:
-    model, inputs = llava(), llava_inputs([ONE])
-    grid = video_grid(6)
-    with compress(model, "dycoke", **settings) as handle:
-        generate(model, inputs, 3)
-        (step,) = handle.trace.last.steps
-        budget = vidcompress.load("dycoke", **settings).budget(grid)
-        assert (step.grid, step.before, step.after) == (grid, 24, budget) and budget < 24

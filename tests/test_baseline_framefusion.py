@@ -197,17 +197,6 @@ def test_merging_may_begin_at_a_later_layer() -> None:
 
 
 # -- what every method promises ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_stored_in_bfloat16_it_decides_as_in_fp32(kind: str) -> None:
-    tokens = clip((8, 3, 3), kind)
-    half = replace(tokens, features=tokens.features.bfloat16())
-    whole = replace(tokens, features=half.features.float())
-    (_, a), (_, b) = next(walk(FrameFusion(), half)), next(walk(FrameFusion(), whole))
-    again = next(walk(FrameFusion(), half))[1]
-    assert torch.equal(a.keep, b.keep) and torch.equal(a.keep, again.keep)
-    assert torch.equal(a.apply(half.features), b.apply(whole.features).bfloat16())
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import vidcompress
 from vidcompress import ops
-from vidcompress.method import Method, Pipeline, floor
+from vidcompress.method import Pipeline, floor
 from vidcompress.methods.holitom import HoliTom
 from vidcompress.methods.holitom_inner import HoliTomInner
 from vidcompress.methods.holitom_outer import HoliTomOuter
@@ -329,16 +329,6 @@ def test_where_the_code_keeps_nothing_one_token_stays() -> None:
     assert len(method.decide(tokens, PROJECTOR)) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("method", [HoliTomOuter(retention_ratio=0.2), HoliTomInner()], ids=["outer", "inner"])
-def test_the_dtype_is_storage_only(method: Method, dtype: torch.dtype) -> None:
-    tokens, site = clip((12, 4, 4)), method.sites()[0]
-    stored = replace(tokens, features=tokens.features.to(dtype))
-    first, again = (method.decide(stored, site) for _ in range(2))
-    exact = method.decide(replace(tokens, features=stored.features.float()), site)
-    assert same(first, again) and same(first, exact)
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
@@ -360,17 +350,6 @@ def test_the_scripts_settings() -> None:
     for name in ("holitom_outer", "holitom"):
         for ratio, tau in {0.10: 0.65, 0.15: 0.8, 0.20: 0.8, 0.25: 0.8}.items():
             assert vidcompress.load(name, retention_ratio=ratio).tau == tau
-
-
-@pytest.mark.parametrize("name", ["holitom_outer", "holitom_inner", "holitom"])
-def test_on_a_model(name: str) -> None:
-    model, inputs, grid = llava(), llava_inputs([ONE]), video_grid(6)
-    with compress(model, name, retention_ratio=0.5) as handle:
-        generate(model, inputs, 3)
-        steps = handle.trace.last.steps
-    wanted = {"holitom_outer": [12], "holitom_inner": [12], "holitom": [12, 6]}[name]
-    assert [step.after for step in steps] == wanted and {step.grid for step in steps} == {grid}
-    assert [step.before for step in steps] == [24, *wanted][: len(steps)]
 
 
 def test_official_on_a_model() -> None:

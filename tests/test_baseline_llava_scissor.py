@@ -192,16 +192,6 @@ def test_a_given_threshold_may_keep_anything() -> None:
     assert len(replace(method, tau=-2.0).decide(tokens, PROJECTOR)) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stored_in_bfloat16_it_decides_as_in_fp32(kind: str) -> None:
-    tokens, method = clip((6, 4, 4), kind), LlavaScissor(retention_ratio=0.3)
-    half = replace(tokens, features=tokens.features.bfloat16())
-    whole = replace(tokens, features=half.features.float())
-    a, b, again = method.decide(half, PROJECTOR), method.decide(whole, PROJECTOR), method.decide(half, PROJECTOR)
-    assert same(a, b) and same(a, again)
-    assert torch.equal(a.apply(half.features), b.apply(whole.features).bfloat16())
-
-
 def same(a: Reduction, b: Reduction) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight"))
 

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import ONE, compress, generate, llava, llava_inputs, video_grid
 from torch import Tensor
 
 import vidcompress
 from vidcompress import ops
-from vidcompress.method import Method, Pipeline, floor
+from vidcompress.method import Pipeline, floor
 from vidcompress.methods.prunevid import PruneVid
 from vidcompress.methods.prunevid_inner import PruneVidInner
 from vidcompress.methods.prunevid_outer import PruneVidOuter, _scenes
@@ -300,16 +299,6 @@ def test_official_keeps_one_cluster_at_least() -> None:
     assert len(PruneVidOuter(official=True, cluster_ratio=0.0).decide(tokens, PROJECTOR)) == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("method", [PruneVidOuter(retention_ratio=0.2), PruneVidInner()], ids=["outer", "inner"])
-def test_the_dtype_is_storage_only(method: Method, dtype: torch.dtype) -> None:
-    tokens, site = clip((12, 4, 4)), method.sites()[0]
-    stored = replace(tokens, features=tokens.features.to(dtype))
-    first, again = (method.decide(stored, site) for _ in range(2))
-    exact = method.decide(replace(tokens, features=stored.features.float()), site)
-    assert same(first, again) and same(first, exact)
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
@@ -325,15 +314,3 @@ def test_the_dtype_is_storage_only(method: Method, dtype: torch.dtype) -> None:
 def test_bad_settings(name: str, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         vidcompress.load(name, **settings)
-
-
-@pytest.mark.parametrize("name", ["prunevid_outer", "prunevid_inner", "prunevid"])
-def test_on_a_model(name: str) -> None:
-    model, inputs, grid = llava(), llava_inputs([ONE]), video_grid(6)
-    settings = {"retention_ratio": 0.5} | ({"keep_ratio": 0.5} if name == "prunevid" else {})
-    with compress(model, name, **settings) as handle:
-        generate(model, inputs, 3)
-        steps = handle.trace.last.steps
-    wanted = {"prunevid_outer": [12], "prunevid_inner": [12], "prunevid": [12, 6]}[name]
-    assert [step.after for step in steps] == wanted and {step.grid for step in steps} == {grid}
-    assert [step.before for step in steps] == [24, *wanted][: len(steps)]

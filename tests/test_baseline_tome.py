@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, answers, clip, per_frame, recorded
-from tiny import ONE, compress, generate, llava, llava_inputs
+from baseline_cases import GRIDS, KINDS, RATIOS, clip, per_frame, recorded
 from torch import Tensor
 
-import vidcompress
 from vidcompress import ops
 from vidcompress.method import floor
 from vidcompress.methods.tome import ToMe
@@ -129,32 +126,11 @@ def test_fewer_tokens_than_frames() -> None:
     assert (owner[:8] == owner[0]).all() and (owner[8:] == owner[8]).all() and owner[0] < 8 <= owner[8]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_is_storage_only(dtype: torch.dtype) -> None:
-    stored = clip((12, 4, 4), "slow", 24)
-    stored = replace(stored, features=stored.features.to(dtype))
-    method = ToMe(retention_ratio=0.2)
-    keep, out = answers(method, stored)
-    again, exact = answers(method, replace(stored, features=stored.features.float()))
-    assert keep == again == answers(method, stored)[0] and torch.equal(out, exact.to(dtype))
-
-
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="tome: per_round must be at least 1, got 0"):
         ToMe(per_round=0)
     with pytest.raises(TypeError, match="tome: per_round must be of type int"):
         ToMe(per_round=1.5)
-
-
-def test_on_a_model() -> None:
-    model, inputs = llava(), llava_inputs([ONE])
-    with compress(model, "tome", retention_ratio=0.3) as handle:
-        generate(model, inputs, 3)
-        step = handle.trace.last.steps[0]
-        assert (step.before, step.after) == (24, 7)
-        assert per_frame(step.reduction, step.grid) == [2, 1, 1, 1, 1, 1]
-        assert (owners(step.reduction) >= 0).all()
-        assert step.after == vidcompress.load("tome", retention_ratio=0.3).budget(step.grid)
 
 
 # -- the op ------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ def threads():
 
 
 def test_bench_methods(capsys, tmp_path, monkeypatch):
-    from vidcompress.bench import MINUTES
-
     out, picture = tmp_path / "new" / "rows.json", tmp_path / "rows.png"
     sizes = ["--grids", "9x4x4,12x2x2", "--channels", "24", "--repeat", "1", "--retention-ratio", "0.25", "--json"]
     monkeypatch.setattr(sys, "argv", ["bench_methods.py", *sizes, "--out", str(out), "--plot", str(picture)])
@@ -34,7 +32,7 @@ def test_bench_methods(capsys, tmp_path, monkeypatch):
     assert not end.value.code
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
-    fast = [name for name in list_methods() if name not in MINUTES]
+    fast = [name for name, cls in list_methods().items() if not cls.slow]
     assert [row["method"] for row in rows] == 2 * fast
     assert [row["grid"] for row in rows] == ["9x4x4"] * len(fast) + ["12x2x2"] * len(fast)
     assert {row["method"]: row["kept"] for row in rows[: len(fast)]}["infomerge"] == [36]

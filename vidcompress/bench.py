@@ -9,8 +9,6 @@ the operators that would launch something there (see vidcompress/profiling.py).
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from functools import partial
 from pathlib import Path
@@ -21,11 +19,8 @@ import torch
 from vidcompress.config import load
 from vidcompress.costs import MODELS, estimate
 from vidcompress.method import Method, list_methods
-from vidcompress.profiling import count_launches, megabytes, milliseconds
+from vidcompress.profiling import count_launches, device_at_hand, machine, megabytes, milliseconds
 from vidcompress.tokens import Grid, Reduction, VideoTokens
-
-MINUTES = {"llava_scissor"}
-"""Methods left out unless asked for: they take minutes at the size of a real video."""
 
 
 def synthetic(grid: Grid, channels: int, dtype: torch.dtype, device: torch.device) -> VideoTokens:
@@ -106,8 +101,8 @@ def bench(
 
     Raises ValueError for an unknown method.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = [name for name in list_methods() if name not in MINUTES] if names is None else names
+    device = device_at_hand()
+    names = [name for name, cls in list_methods().items() if not cls.slow] if names is None else names
     methods = {name: _load(name, retention_ratio) for name in names}
     tokens = synthetic(grid, channels, dtype, device)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
@@ -176,13 +171,5 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def report(grids: list[Grid], names: list[str] | None = None, **settings: Any) -> dict[str, Any]:
     """`bench` of every grid, and what it ran on: ready for JSON."""
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    about = {"device": machine, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    about |= {name: str(value) for name, value in settings.items()}
+    about = machine() | {name: str(value) for name, value in settings.items()}
     return {**about, "rows": [row for grid in grids for row in bench(grid, names, **settings)]}
-
-
-def save(found: dict[str, Any], path: Path) -> None:
-    """A report as a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -184,6 +184,7 @@ def bench(
     import torch
 
     from vidcompress import bench as benchmark
+    from vidcompress.profiling import save
 
     sides = [_sides(grid) for grid in grids.split(",")]
     names = None if methods == "all" else methods.split(",")
@@ -194,7 +195,7 @@ def bench(
     finally:
         torch.set_num_threads(before)
     if output:
-        benchmark.save(found, output)
+        save(found, output)
     if picture:
         benchmark.plot(found["rows"], picture)
     if as_json:

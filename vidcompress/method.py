@@ -48,6 +48,8 @@ class Method:
     budget_rule: ClassVar[Literal["exact", "frame_floor", "frame_round"]] = "exact"
     looks_ahead: ClassVar[bool] = False
     """Whether `reduce` is called at the first site even if nothing is to be removed: later ones need its notes."""
+    slow: ClassVar[bool] = False
+    """Whether a real video takes minutes: benchmarks leave it out unless it is asked for."""
 
     retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", above=0, high=1)
     positions: Literal["keep", "renumber"] = setting(

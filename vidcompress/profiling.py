@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import platform
 import time
 from collections import Counter
@@ -30,6 +31,23 @@ FREE = frozenset(
     "view_as_real".split()
 )
 """Operators that launch nothing."""
+
+
+def device_at_hand() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, Any]:
+    """What work runs on, for a report."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """A report as a JSON file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def milliseconds(work: Work, device: torch.device) -> float:

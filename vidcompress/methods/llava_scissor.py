@@ -37,6 +37,8 @@ NONE = -2.0
 
 @dataclass(kw_only=True)
 class LlavaScissor(Method):
+    slow = True
+
     positions: Literal["keep", "renumber"] = setting("renumber", "the representatives are numbered anew")
     tau: float | None = setting(None, "two tokens are linked if their cosine is above this; null: by retention_ratio")
 
