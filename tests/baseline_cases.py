@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vidcompress.method import Method
-from vidcompress.tokens import Grid, Reduction, VideoTokens
-
-FOLDER = Path(__file__).parent / "golden" / "baselines"
-
-
-def recorded(stem: str) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{case: (params, tensors)} of a file; index tensors as long."""
-    with safe_open(FOLDER / f"{stem}.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cases = json.loads(file.metadata()["cases"])
-    tensors = {k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}
-    return {
-        name: (facts["params"], {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, facts in cases.items()
-    }
+from vidcompress.tokens import Grid, VideoTokens
 
 
 def clip(grid: Grid, kind: str = "slow", channels: int = 8, seed: int = 0) -> VideoTokens:
@@ -43,11 +24,6 @@ def clip(grid: Grid, kind: str = "slow", channels: int = 8, seed: int = 0) -> Vi
 KINDS = ["slow", "cuts", "still", "equal"]
 GRIDS: list[Grid] = [(1, 1, 1), (1, 4, 4), (2, 1, 3), (5, 1, 7), (9, 2, 2), (33, 2, 1)]
 RATIOS = [0.01, 0.1, 0.29, 0.5, 0.83, 1.0]
-
-
-def per_frame(reduction: Reduction, grid: Grid) -> list[int]:
-    """Tokens kept of every frame."""
-    return (reduction.keep // (grid[1] * grid[2])).bincount(minlength=grid[0]).tolist()
 
 
 def answers(method: Method, tokens: VideoTokens) -> tuple[list[int], Tensor]:

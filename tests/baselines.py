@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from reductions import same
 from torch import Tensor
 
 from vidcompress.method import Method
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import Grid, Site, VideoTokens
 
 PROJECTOR = Site.projector()
-FOLDER = Path(__file__).parent / "golden" / "baselines"
 GRIDS: list[Grid] = [(1, 1, 1), (1, 6, 6), (2, 3, 3), (5, 1, 7), (8, 4, 4), (33, 3, 2)]
 RATIOS = (0.001, 0.03, 0.1, 0.2041, 0.5, 0.77, 0.999)
 KINDS = ("random", "slow", "still", "one colour", "all zero")
-
-
-def recorded(stem: str) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{case: (facts, tensors)} of a file in golden/baselines."""
-    with safe_open(FOLDER / f"{stem}.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cases = json.loads(file.metadata()["cases"])
-    return {
-        name: (facts, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, facts in cases.items()
-    }
 
 
 def video(features: Tensor, attention: Tensor, keys: Tensor, grid: Grid | None = None) -> VideoTokens:
@@ -55,29 +41,6 @@ def clip(grid: Grid, kind: str = "random", seed: int = 0) -> VideoTokens:
     elif kind == "still":
         attention = attention[:1].expand(t, -1)
     return video(values[..., :8], attention, values[..., 8:], grid)
-
-
-def dense(reduction: Reduction) -> Tensor:
-    """[K, N] fp64."""
-    out = torch.zeros(len(reduction), reduction.num_source, dtype=torch.float64)
-    own = torch.ones(len(reduction), dtype=torch.bool)
-    if reduction.slot is not None:
-        assert reduction.source is not None and reduction.weight is not None
-        out.index_put_((reduction.slot, reduction.source), reduction.weight.double(), accumulate=True)
-        own[reduction.slot] = False
-    out[own, reduction.keep[own]] = 1
-    return out
-
-
-def same(a: Reduction, b: Reduction) -> bool:
-    """Bit for bit."""
-    columns = [(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight")]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in columns)
-
-
-def per_frame(reduction: Reduction, grid: Grid) -> list[int]:
-    """Tokens kept of every frame."""
-    return (reduction.keep // (grid[1] * grid[2])).bincount(minlength=grid[0]).tolist()
 
 
 def assert_exact(build: type[Method], **settings: Any) -> None:

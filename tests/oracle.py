@@ -469,3 +469,12 @@ def loss(model: Any, inputs: Inputs, labels: Tensor, method: Method | Pipeline, 
     logits = model.lm_head(hidden_states(model, prompt))
     following = nn.functional.pad(labels[0], (0, 1), value=-100)[prompt.left + 1]
     return cross_entropy(logits, following, ignore_index=-100)
+
+
+def assert_same_gradients(plain: Any, model: Any) -> None:
+    """After backward() of both losses. Relative to each parameter's largest gradient: fp32 sums in another order."""
+    for wanted, parameter in zip(plain.parameters(), model.parameters()):
+        assert (wanted.grad is None) == (parameter.grad is None)
+        if wanted.grad is not None:
+            scale = float(wanted.grad.abs().max())
+            torch.testing.assert_close(parameter.grad, wanted.grad, atol=1e-3 * scale + 1e-7, rtol=1e-2)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, clip, recorded
+from baseline_cases import GRIDS, KINDS, RATIOS, clip
+from recorded import recorded
 from tiny import ONE, compress, generate, llava, llava_inputs
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -36,7 +37,8 @@ class WithCLIP(CDPruner):
 def test_as_recorded(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A batch of images is a video, an image a frame.
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    params, case = CASES[name]
+    facts, case = CASES[name]
+    params = facts["params"]
     features, count = case["in.image_features"], params["visual_token_num"]
     t, p, _ = features.shape
     tokens = VideoTokens(features.flatten(0, 1), (t, 1, p), signals={"text_hidden": case["in.text_embeds"]})

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, clip, recorded
+from baseline_cases import GRIDS, KINDS, RATIOS, clip
+from recorded import recorded
 
 from vidcompress.method import floor
 from vidcompress.methods.divprune import DivPrune
@@ -20,7 +21,8 @@ CASES = recorded("divprune")
 @pytest.mark.parametrize("name", CASES)
 def test_as_recorded(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    params, case = CASES[name]
+    facts, case = CASES[name]
+    params = facts["params"]
     features = case["in.features"]
     tokens = VideoTokens(features, (1, 1, len(features)))
     method = DivPrune(official=True, retention_ratio=params["ratio"])

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recorded import recorded
+from reductions import per_frame
 
 import vidcompress
 from vidcompress.method import floor
 from vidcompress.methods.dycoke import DyCoke
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import Grid, Site, VideoTokens
 
 PROJECTOR = Site.projector()
-FILE = Path(__file__).parent / "golden" / "baselines" / "dycoke.safetensors"
 GRIDS = [(t, 2, 5) for t in range(1, 14)] + [(32, 3, 3), (6, 1, 1)]
 
-with safe_open(FILE, "pt") as file:
-    CASES = json.loads(file.metadata()["cases"])
-    TENSORS = {name: file.get_tensor(name) for name in file.keys()}
+CASES = recorded("dycoke")
 
 
 def clip(grid: Grid, seed: int = 0) -> VideoTokens:
@@ -30,25 +26,22 @@ def clip(grid: Grid, seed: int = 0) -> VideoTokens:
     return VideoTokens(torch.randn(grid[0] * grid[1] * grid[2], 8, generator=generator), grid)
 
 
-def per_frame(reduction: Reduction, grid: Grid) -> list[int]:
-    return (reduction.keep // (grid[1] * grid[2])).bincount(minlength=grid[0]).tolist()
-
-
 # -- recorded runs -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("implementation", ["torch", "naive"])
 @pytest.mark.parametrize("name", CASES)
 def test_as_recorded(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    features, params = TENSORS[f"{name}.in.features"], CASES[name]["params"]
+    facts, case = CASES[name]
+    features, params = case["in.features"], facts["params"]
     grid = (*features.shape[:2], 1)
     method = DyCoke(k=params["k"], official=True)
     reduction = method.decide(VideoTokens(features.flatten(0, 1), grid), PROJECTOR)
-    assert torch.equal(reduction.keep, TENSORS[f"{name}.out.index_ascending"].long())
-    assert per_frame(reduction, grid) == TENSORS[f"{name}.out.count_per_frame"].tolist()
-    assert method.exact and len(reduction) == method.budget(grid) == CASES[name]["facts"]["n_tokens"]
+    assert torch.equal(reduction.keep, case["out.index_ascending"].long())
+    assert per_frame(reduction, grid) == case["out.count_per_frame"].tolist()
+    assert method.exact and len(reduction) == method.budget(grid) == facts["facts"]["n_tokens"]
     # The code orders a pruned frame by similarity; the set and the vectors are the same.
-    order = TENSORS[f"{name}.out.index"].long().argsort()
-    assert torch.equal(reduction.apply(features.flatten(0, 1)), TENSORS[f"{name}.out.tokens"][order])
+    order = case["out.index"].long().argsort()
+    assert torch.equal(reduction.apply(features.flatten(0, 1)), case["out.tokens"][order])
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recorded import recorded
 from tiny import ONE, compress, generate, llava, llava_inputs, new_tokens
 from torch import Tensor
 
@@ -21,22 +19,10 @@ from vidcompress.method import Pipeline
 from vidcompress.methods.framefusion import FrameFusion
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
-GOLDEN = Path(__file__).parent / "golden" / "baselines" / "framefusion.safetensors"
 ATTENTION = "last_query_attention.previous"
 
 
-def recorded() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{case: (facts, tensors)}."""
-    with safe_open(GOLDEN, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cases = json.loads(file.metadata()["cases"])
-    return {
-        name: (facts, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, facts in cases.items()
-    }
-
-
-CASES = recorded()
+CASES = recorded("framefusion")
 
 
 @pytest.mark.parametrize("implementation", ["torch", "naive"])

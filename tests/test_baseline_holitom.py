@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recorded import recorded
+from reductions import dense
 from tiny import ONE, compress, generate, llava, llava_inputs, video_grid
 from torch import Tensor
 
@@ -21,23 +20,11 @@ from vidcompress.method import Pipeline, floor
 from vidcompress.methods.holitom import HoliTom
 from vidcompress.methods.holitom_inner import HoliTomInner
 from vidcompress.methods.holitom_outer import HoliTomOuter
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import Grid, Site, VideoTokens
 
 PROJECTOR = Site.projector()
-FOLDER = Path(__file__).parent / "golden" / "baselines"
 GRIDS = [(1, 1, 1), (1, 3, 3), (2, 1, 5), (3, 2, 2), (7, 3, 3), (12, 4, 4), (20, 1, 2)]
 both_implementations = pytest.mark.parametrize("implementation", ["torch", "naive"])
-
-
-def recorded(stem: str) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{case: (facts, tensors)} of a file."""
-    with safe_open(FOLDER / f"{stem}.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cases = json.loads(file.metadata()["cases"])
-    return {
-        name: (facts, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, facts in cases.items()
-    }
 
 
 OUTER, INNER = recorded("holitom_outer"), recorded("holitom_inner")
@@ -60,19 +47,6 @@ def clip(grid: Grid, kind: str = "slow", seed: int = 0) -> VideoTokens:
     attention = torch.rand(t * h * w, generator=draw)
     signals = dict.fromkeys(("saliency.received", "last_query_attention.previous"), attention)
     return VideoTokens(features.flatten(0, 1), grid, signals=signals)
-
-
-def same(a: Reduction, b: Reduction) -> bool:
-    """Bit for bit."""
-    columns = [(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight")]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in columns)
-
-
-def shares(reduction: Reduction) -> Tensor:
-    """[K, N] fp64: the reduction as a matrix."""
-    n = reduction.num_source
-    eye = torch.eye(n, dtype=torch.float64)
-    return reduction.apply(eye)
 
 
 # -- recorded runs: before the LLM -------------------------------------------------------------------------------------
@@ -121,7 +95,7 @@ def test_outer_windows_and_clusters_as_recorded(name: str) -> None:
     facts, case = OUTER[name]
     tokens = recorded_tokens(case)
     reduction = as_recorded(HoliTomOuter, facts["params"]).decide(tokens, PROJECTOR)
-    mixed, p = shares(reduction), tokens.grid[1] * tokens.grid[2]
+    mixed, p = dense(reduction), tokens.grid[1] * tokens.grid[2]
     for (start, end), static, assign in zip(
         reduction.notes["windows"], case["out.static_mask"], case["out.static_assign"].long(), strict=True
     ):
@@ -198,16 +172,16 @@ def test_outer_by_hand() -> None:
     reduction = HoliTomOuter(retention_ratio=8 / 12, tau=0.5).decide(tokens, PROJECTOR)
     assert reduction.notes == {"windows": [(0, 2), (2, 4)], "static": [2, 2], "moving": [1, 1, 1, 1]}
     assert reduction.keep.tolist() == [0, 1, 2, 4, 6, 7, 8, 9]
-    share = shares(reduction)
+    share = dense(reduction)
     assert share[0].nonzero().squeeze(1).tolist() == [0, 3] and share[5].nonzero().squeeze(1).tolist() == [7, 10]
     assert share[[0, 2, 5, 6]].amax(1).eq(0.5).all() and share[[1, 3, 4, 7]].amax(1).eq(1).all()
     # Of six, one of every group but for the window means, which are as many as there are tokens to spare: 4 + 2.
     six = HoliTomOuter(retention_ratio=0.5, tau=0.5).decide(tokens, PROJECTOR)
     assert six.notes["static"] == [1, 1] and six.notes["moving"] == [1, 1, 1, 1]
     # Two static tokens in one cluster: .6 of its centre and .4 of the other; a plain mean without beta.
-    assert sorted(shares(six)[0][shares(six)[0] > 0].tolist()) == pytest.approx([0.2, 0.2, 0.3, 0.3])
+    assert sorted(dense(six)[0][dense(six)[0] > 0].tolist()) == pytest.approx([0.2, 0.2, 0.3, 0.3])
     plain = HoliTomOuter(retention_ratio=0.5, tau=0.5, beta=None).decide(tokens, PROJECTOR)
-    assert sorted(shares(plain)[0][shares(plain)[0] > 0].tolist()) == pytest.approx([0.25] * 4)
+    assert sorted(dense(plain)[0][dense(plain)[0] > 0].tolist()) == pytest.approx([0.25] * 4)
     # Fewer than the groups: static tokens are counted like all others.
     assert len(HoliTomOuter(retention_ratio=0.25, tau=0.5).decide(tokens, PROJECTOR)) == 3
 
@@ -289,7 +263,7 @@ def test_counts_are_exact_and_weights_sum_to_one(grid: Grid) -> None:
             method = HoliTomOuter(retention_ratio=ratio)
             reduction = method.decide(tokens, PROJECTOR)
             assert len(reduction) == method.budget(grid) == max(1, floor(ratio * len(tokens)))
-            share = shares(reduction)
+            share = dense(reduction)
             torch.testing.assert_close(share.sum(1), torch.ones(len(reduction), dtype=torch.float64))
             assert ((share > 0).sum(0) <= 1).all()
             official = HoliTomOuter(retention_ratio=ratio, official=True)
@@ -308,7 +282,7 @@ def test_what_is_static_keeps_a_token_while_the_budget_lasts() -> None:
     assert want.notes["windows"] == got.notes["windows"] == [(0, 6)]
     assert want.notes["static"] == [0] and not (want.keep % 16 == 3).any()
     assert got.notes["static"] == [1] and (got.keep % 16 == 3).sum() == 1
-    assert shares(got)[got.keep == 3].nonzero()[:, 1].tolist() == list(range(3, 96, 16))
+    assert dense(got)[got.keep == 3].nonzero()[:, 1].tolist() == list(range(3, 96, 16))
 
 
 def test_a_budget_beyond_what_merging_leaves() -> None:
@@ -320,7 +294,7 @@ def test_a_budget_beyond_what_merging_leaves() -> None:
     reduction = HoliTomOuter(retention_ratio=0.5).decide(tokens, PROJECTOR)
     assert reduction.notes["windows"] == [(0, 6), (6, 12)] and len(reduction) == 24
     assert reduction.notes["static"] == [4, 0]
-    assert ((shares(reduction) > 0).sum(1) > 1).tolist() == [True] * 4 + [False] * 20
+    assert ((dense(reduction) > 0).sum(1) > 1).tolist() == [True] * 4 + [False] * 20
 
 
 def test_where_the_code_keeps_nothing_one_token_stays() -> None:

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recorded import recorded
 from tiny import ONE, compress, generate, llava, llava_inputs
 from torch import Tensor
 
 from vidcompress import load, ops
 from vidcompress.method import floor
 from vidcompress.methods.llava_scissor import LlavaScissor
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import Grid, Site, VideoTokens
 
 PROJECTOR = Site.projector()
-GOLDEN = Path(__file__).parent / "golden" / "baselines" / "llava_scissor.safetensors"
-
-
-def recorded() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{case: (facts, tensors)}."""
-    with safe_open(GOLDEN, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cases = json.loads(file.metadata()["cases"])
-    return {
-        name: (facts, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, facts in cases.items()
-    }
-
-
-CASES = recorded()
+CASES = recorded("llava_scissor")
 
 
 @pytest.mark.parametrize("implementation", ["torch", "naive"])
@@ -190,10 +174,6 @@ def test_a_given_threshold_may_keep_anything() -> None:
     method = LlavaScissor(retention_ratio=0.1, tau=0.99999)
     assert method.budget((6, 4, 4)) == len(method.decide(tokens, PROJECTOR)) == 96
     assert len(replace(method, tau=-2.0).decide(tokens, PROJECTOR)) == 1
-
-
-def same(a: Reduction, b: Reduction) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight"))
 
 
 @pytest.mark.parametrize("settings", [{"retention_ratio": 0.0}, {"retention_ratio": 2.0}, {"tau": float("inf")}])

@@ -6,16 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import (
-    KINDS,
-    PROJECTOR,
-    assert_exact,
-    clip,
-    dense,
-    per_frame,
-    recorded,
-    video,
-)
+from baselines import KINDS, PROJECTOR, assert_exact, clip, video
+from recorded import recorded
+from reductions import dense, per_frame
 
 from vidcompress.config import load
 from vidcompress.methods.prumerge import PruMerge

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recorded import recorded
+from reductions import dense
 from torch import Tensor
 
 import vidcompress
@@ -19,20 +18,13 @@ from vidcompress.method import Pipeline, floor
 from vidcompress.methods.prunevid import PruneVid
 from vidcompress.methods.prunevid_inner import PruneVidInner
 from vidcompress.methods.prunevid_outer import PruneVidOuter, _scenes
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import Grid, Site, VideoTokens
 
 PROJECTOR = Site.projector()
-FILE = Path(__file__).parent / "golden" / "baselines" / "prunevid.safetensors"
 GRIDS = [(1, 1, 1), (1, 4, 5), (2, 1, 5), (3, 2, 2), (7, 3, 3), (12, 4, 4), (20, 1, 2)]
 both_implementations = pytest.mark.parametrize("implementation", ["torch", "naive"])
 
-with safe_open(FILE, "pt") as file:
-    CASES = json.loads(file.metadata()["cases"])
-    TENSORS = {name: file.get_tensor(name) for name in file.keys()}
-
-
-def case(name: str) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{name}."): v for k, v in TENSORS.items() if k.startswith(f"{name}.")}
+CASES = recorded("prunevid")
 
 
 def named(prefix: str) -> list[str]:
@@ -57,24 +49,13 @@ def clip(grid: Grid, kind: str = "slow", seed: int = 0) -> VideoTokens:
     return VideoTokens(features.flatten(0, 1), grid, signals=signals)
 
 
-def same(a: Reduction, b: Reduction) -> bool:
-    """Bit for bit."""
-    columns = [(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight")]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in columns)
-
-
-def shares(reduction: Reduction) -> Tensor:
-    """[K, N] fp64: the reduction as a matrix."""
-    return reduction.apply(torch.eye(reduction.num_source, dtype=torch.float64))
-
-
 # -- recorded runs: before the LLM -------------------------------------------------------------------------------------
 @both_implementations
 @pytest.mark.parametrize("cls", [PruneVidOuter, PruneVid], ids=["prunevid_outer", "prunevid"])
 @pytest.mark.parametrize("name", named("merge"))
 def test_outer_as_recorded(name: str, cls: Any, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    facts, t = CASES[name], case(name)
+    facts, t = CASES[name]
     features, group = t["features"], t["group"].flatten()
     method = cls(
         tau=facts["tau"],
@@ -94,7 +75,7 @@ def test_outer_as_recorded(name: str, cls: Any, implementation: str, monkeypatch
     # A survivor takes in the tokens of one recorded group, all of them and in equal parts.
     row = group[reduction.keep]
     torch.testing.assert_close(reduction.apply(tokens.features), t["tokens"][row], rtol=1e-4, atol=1e-5)
-    share = shares(reduction)
+    share = dense(reduction)
     assert torch.equal(share > 0, row[:, None] == group)
     torch.testing.assert_close(share.amax(1), 1 / group.bincount()[row].double())
     # The groups that the inner half goes by: the static ones of a scene together, the others by frame.
@@ -106,14 +87,14 @@ def test_outer_as_recorded(name: str, cls: Any, implementation: str, monkeypatch
 
 def test_frame_clusters_as_recorded() -> None:
     for name in named("merge"):
-        t, facts = case(name), CASES[name]
+        facts, t = CASES[name]
         method = PruneVidOuter(segment_ratio=facts["temporal_segment_ratio"])
         centres = t["frame_centers"][t["frame_clusters"]]
         assert method._frame_clusters(t["features"].mean(1)) == centres.tolist()
 
 
 def test_scenes_as_recorded() -> None:
-    t = case("refine")
+    _, t = CASES["refine"]
     for labels, refined, lengths in zip(t["labels"], t["refined"], t["segment_lengths"], strict=True):
         scenes = _scenes(labels.tolist())
         assert [end - start for start, end in scenes] == [n for n in lengths.tolist() if n]
@@ -152,7 +133,7 @@ def recorded_groups(t: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", named("inner"))
 def test_inner_as_recorded(name: str, cls: Any, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    facts, t = CASES[name], case(name)
+    facts, t = CASES[name]
     attention, group = t["attention"][0], recorded_groups(t)
     n, site = attention.shape[-1], Site.decoder(facts["selected_layer"])
     signals = {"text_attention.heads": attention}
@@ -187,12 +168,12 @@ def test_outer_by_hand() -> None:
     assert reduction.notes["scenes"] == [(0, 4), (4, 6)]
     assert reduction.notes["counts"] == [1, 2, 2, 2, 2, 2, 1, 1]
     assert reduction.keep.tolist() == [0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 13, 14, 17]
-    share = shares(reduction)
+    share = dense(reduction)
     assert share[0].nonzero().squeeze(1).tolist() == [0, 3, 6, 9] and share[9].nonzero().squeeze(1).tolist() == [12, 15]
     assert (share > 0).sum(1).tolist() == [4] + [1] * 8 + [2, 2, 1, 1]
     # Of eight, one of every group: then the two others of a frame are one mean.
     eight = replace(method, retention_ratio=8 / 18).decide(tokens, PROJECTOR)
-    assert eight.notes["counts"] == [1] * 8 and (shares(eight) > 0).sum(1).tolist() == [4, 2, 2, 2, 2, 4, 1, 1]
+    assert eight.notes["counts"] == [1] * 8 and (dense(eight) > 0).sum(1).tolist() == [4, 2, 2, 2, 2, 4, 1, 1]
     # Of sixteen two tokens are to be merged over time. All that is static has not changed at all, so the first would
     # go first; but it would remove three, and those that remove one come after it.
     sixteen = replace(method, retention_ratio=16 / 18).decide(tokens, PROJECTOR)
@@ -284,14 +265,14 @@ def test_counts_are_exact_and_nothing_is_lost(grid: Grid) -> None:
             method = PruneVidOuter(retention_ratio=ratio)
             reduction = method.decide(tokens, PROJECTOR)
             assert len(reduction) == method.budget(grid) == max(1, floor(ratio * len(tokens)))
-            share = shares(reduction)
+            share = dense(reduction)
             torch.testing.assert_close(share.sum(1), torch.ones(len(reduction), dtype=torch.float64))
             every = all(c for c, n in zip(reduction.notes["counts"], reduction.notes["group"].bincount().tolist()) if n)
             assert ((share > 0).sum(0) == 1).all() if every else ((share > 0).sum(0) <= 1).all()
         assert PruneVidOuter(retention_ratio=1.0).decide(tokens, PROJECTOR).is_identity
         official = PruneVidOuter(official=True)
         kept = official.decide(tokens, PROJECTOR)
-        assert 0 < len(kept) <= official.budget(grid) and ((shares(kept) > 0).sum(0) == 1).all()
+        assert 0 < len(kept) <= official.budget(grid) and ((dense(kept) > 0).sum(0) == 1).all()
 
 
 def test_official_keeps_one_cluster_at_least() -> None:

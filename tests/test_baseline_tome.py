@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, clip, per_frame, recorded
+from baseline_cases import GRIDS, KINDS, RATIOS, clip
+from recorded import recorded
+from reductions import per_frame
 from torch import Tensor
 
 from vidcompress import ops
@@ -32,7 +34,8 @@ def owners(reduction: Reduction) -> Tensor:
 
 # -- recorded runs -----------------------------------------------------------------------------------------------------
 def test_two_rounds_as_recorded() -> None:
-    params, case = CASES["two_rounds"]
+    facts, case = CASES["two_rounds"]
+    params = facts["params"]
     features = case["in.features"][0]
     tokens = VideoTokens(features, (1, 10, 10))
     reduction = ToMe(official=True, retention_ratio=0.5, per_round=params["r"][0]).decide(tokens, PROJECTOR)
@@ -52,7 +55,8 @@ def test_two_rounds_as_recorded() -> None:
 def test_every_round_as_recorded(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever the metric, with and without class and distillation token, in batches.
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    params, case = CASES[name]
+    facts, case = CASES[name]
+    params = facts["params"]
     protected = params["class_token"] + params["distill_token"]
     for b in range(len(case["in.features"])):
         x, size = case["in.features"][b], torch.ones(case["in.features"].shape[1], 1)

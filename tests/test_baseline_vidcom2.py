@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_cases import GRIDS, KINDS, RATIOS, answers, clip, per_frame, recorded
+from baseline_cases import GRIDS, KINDS, RATIOS, answers, clip
+from recorded import recorded
+from reductions import per_frame
 from torch.nn.functional import normalize
 
 from vidcompress.method import floor
@@ -21,7 +23,8 @@ CASES = recorded("vidcom2")
 @pytest.mark.parametrize("name", CASES)
 def test_as_recorded(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDCOMPRESS_OPS", implementation)
-    params, case = CASES[name]
+    facts, case = CASES[name]
+    params = facts["params"]
     features = case["in.features"]
     tokens = VideoTokens(features.flatten(0, 1), (features.shape[0], 1, features.shape[1]))
     method = VidCom2(official=True, retention_ratio=params["base_scale"])

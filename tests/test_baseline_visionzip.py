@@ -7,16 +7,9 @@ from typing import Any
 import oracle_qwen
 import pytest
 import torch
-from baselines import (
-    KINDS,
-    PROJECTOR,
-    assert_exact,
-    clip,
-    dense,
-    per_frame,
-    recorded,
-    video,
-)
+from baselines import KINDS, PROJECTOR, assert_exact, clip, video
+from recorded import recorded
+from reductions import dense, per_frame
 from tiny import ONE
 from tiny_qwen import GRIDS, qwen, qwen_inputs
 from torch import Tensor

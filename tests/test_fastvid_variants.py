@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recorded import recorded
+from reductions import same
 from tiny import ONE, llava, llava_inputs, without_head
 from tiny_llava_video import llava_video, video_inputs
 from tiny_qwen import qwen, qwen_inputs
@@ -23,22 +22,11 @@ from vidcompress.methods.fastvid import VARIANTS, FastVID
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 PROJECTOR = Site.projector()
-FOLDER = Path(__file__).parent / "golden" / "fastvid_variants"
+FOLDER = "fastvid_variants"
 SETTINGS = ("retention_ratio", "dyseg_c", "dyseg_tau", "dyseg_ignore", "context_share", "anchor_interval", "beta")
 
 
-def recorded(stem: str) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{case: (facts, tensors)} of a file."""
-    with safe_open(FOLDER / f"{stem}.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cases = json.loads(file.metadata()["cases"])
-    return {
-        name: (facts, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, facts in cases.items()
-    }
-
-
-LLAVA_VIDEO, QWEN = recorded("fastvid_llava_video"), recorded("fastvid_qwen25vl")
+LLAVA_VIDEO, QWEN = recorded("fastvid_llava_video", FOLDER), recorded("fastvid_qwen25vl", FOLDER)
 
 
 def official(variant: str, facts: dict[str, Any]) -> FastVID:
@@ -259,11 +247,6 @@ def test_the_dtype_is_storage_only(variant: str, dtype: torch.dtype) -> None:
 
 
 # -- the switch --------------------------------------------------------------------------------------------------------
-def same(a: Reduction, b: Reduction) -> bool:
-    """Bit for bit."""
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight"))
-
-
 def test_without_official_nothing_changes() -> None:
     tokens = scene((13, 3, 4))
     plain = FastVID(retention_ratio=0.4, dyseg_c=3)

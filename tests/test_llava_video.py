@@ -101,11 +101,11 @@ def pooled(x: list[list[float]], mode: str) -> list[list[float]]:
     return [[sum(x[a][b] * u * v for a, u in weights(i) for b, v in weights(j)) for j in range(m)] for i in range(m)]
 
 
-@pytest.mark.parametrize("side", [1, 2, 4, 5, 27])
-@pytest.mark.parametrize("mode", POOL_MODES)
+@pytest.mark.parametrize(
+    "mode, side",  # of a frame of one patch only bilinear pooling leaves anything
+    [(mode, side) for mode in POOL_MODES for side in (1, 2, 4, 5, 27) if side > 1 or mode == "bilinear"],
+)
 def test_pooling(mode, side):
-    if side == 1 and mode != "bilinear":
-        return  # nothing would be left of such a frame
     model = llava_video(pool=mode)
     x = torch.randn(2, side * side, 3, generator=torch.Generator().manual_seed(side))
     expected = torch.tensor(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from reductions import dense, same
 from torch import Tensor
 
 from vidcompress import ops
@@ -86,17 +87,6 @@ def scene(kind: str, grid: Grid, channels: int = 12, **signals: Any) -> VideoTok
     return video(SCENES[kind](grid[0], grid[1] * grid[2], channels).reshape(-1, channels), grid, **signals)
 
 
-def dense(reduction: Reduction) -> Tensor:
-    """[K, N] fp64."""
-    out = torch.zeros(len(reduction), reduction.num_source, dtype=torch.float64)
-    own = torch.ones(len(reduction), dtype=torch.bool)
-    if reduction.slot is not None:
-        out.index_put_((reduction.slot, reduction.source), reduction.weight.double(), accumulate=True)
-        own[reduction.slot] = False
-    out[own, reduction.keep[own]] = 1
-    return out
-
-
 def assert_lawful(reduction: Reduction, tokens: VideoTokens, budget: int, exact: bool = True) -> Tensor:
     """The contract of one answer, which keeps `budget` tokens, or at most so many; returns the survivors' vectors."""
     keep = reduction.keep
@@ -107,12 +97,6 @@ def assert_lawful(reduction: Reduction, tokens: VideoTokens, budget: int, exact:
     assert out.shape == (len(reduction), tokens.features.shape[1]) and out.dtype == tokens.features.dtype
     assert out.isfinite().all()
     return out
-
-
-def same(a: Reduction, b: Reduction) -> bool:
-    """Bit for bit."""
-    columns = [(getattr(a, name), getattr(b, name)) for name in ("keep", "slot", "source", "weight")]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in columns)
 
 
 @dataclass(frozen=True)
