@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +67,9 @@ class LlavaOnevisionPatch(Patch):
         return base.apply_pooling(scores[..., None])[..., 0]
 
     def default_head(self, model: nn.Module) -> str | None:
+        beside = Path(getattr(model.config, "_name_or_path", "")) / "siglip"
+        if (beside / "model.safetensors").is_file():
+            return str(beside)
         config = self.vision_config(model)
         so400m = (config.hidden_size, config.patch_size, config.image_size) == (1152, 14, 384)
         return "google/siglip-so400m-patch14-384" if so400m else None

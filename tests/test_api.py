@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from checkpoint import make_checkpoint, make_clip
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,7 +19,6 @@ from transformers import (
 )
 
 import vidcompress
-from vidcompress.demo import make_checkpoint, make_clip
 
 CLASSES = [LlavaOnevisionForConditionalGeneration, AutoModelForImageTextToText, AutoModelForMultimodalLM]
 

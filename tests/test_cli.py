@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from checkpoint import make_checkpoint, make_clip
 
 from vidcompress.cli import main
-from vidcompress.demo import make_checkpoint, make_clip
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoint import make_clip
 from tiny import Inner, InnerPrune, Prune, anatomy, generate, left_padded, randomise
 from torch import Tensor
 
@@ -23,7 +24,6 @@ import vidcompress
 from vidcompress import Reduction, Site, VideoTokens, measure, patches
 from vidcompress.config import load
 from vidcompress.costs import MODELS, Dimensions, dimensions
-from vidcompress.demo import make_clip
 from vidcompress.engine import saliency
 from vidcompress.method import list_methods
 from vidcompress.video import Video, load_video, prepare_inputs

@@ -40,8 +40,7 @@ def test_links_lead_somewhere():
 def test_every_block_of_code_runs_in_order(tmp_path, monkeypatch, capsys):
     import torch
     import transformers
-
-    from vidcompress.demo import make_checkpoint, make_clip
+    from checkpoint import make_checkpoint, make_clip
 
     make_clip(tmp_path / "clip.mp4")
     checkpoint = make_checkpoint(tmp_path / "model")

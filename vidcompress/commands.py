@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+RATIOS = "1.0,.3,.2,.1,.05,.02"
 out, err = Console(), Console(stderr=True)
 
 
@@ -207,6 +208,67 @@ def bench(
     out.print(", ".join(f"{name} {value}" for name, value in found.items()))
 
 
+@app.command("eval")
+def evaluate(
+    suite: Annotated[str, typer.Option(help="What to ask: tinyqa.")] = "tinyqa",
+    methods: Annotated[str, typer.Option(help="By comma, or all (but those that take minutes).")] = "all",
+    retention: Annotated[str, typer.Option(help="Retention ratios by comma; 1.0 asks without compression.")] = RATIOS,
+    model: Annotated[str | None, typer.Option(help="Checkpoint. Default: the tiny LLaVA-OneVision within.")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto. Default: a GPU if any.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    attn: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Results, JSON; an interrupted run goes on.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="A picture of accuracy over retention.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results file.")] = False,
+) -> None:
+    """Ask a suite's questions under every method and retention ratio: accuracy, its errors, tokens kept, times."""
+    require("video", "torchvision")
+    if picture:
+        require("viz", "matplotlib")
+    import torch
+
+    from vidcompress.eval import checkpoints, run, tables
+
+    ratios = _ratios(retention)
+    names = run.choose(methods)
+    options = _loading_options(device, dtype, attn)
+    if threads:
+        torch.set_num_threads(threads)
+    name = model or str(checkpoints.path("llava_onevision"))
+    network, processor = _load_model(name, options)
+    asked = run.evaluate(
+        network,
+        processor,
+        name=model or checkpoints.NAMES["llava_onevision"],
+        suite=suite,
+        methods=names,
+        retention_ratios=ratios,
+        limit=clips,
+        out=output,
+    )
+    results = None
+    with err.status("asking without compression") as status:
+        for results, newest in asked:
+            status.update(f"{len(results.runs)} runs, the last {newest.method} at {newest.retention_ratio:g}")
+    if results is None and output is not None:
+        from vidcompress.eval.results import Results
+
+        results = Results.load(output)  # nothing new was asked
+    assert results is not None
+    if picture:
+        tables.plot(results, picture)
+    if as_json:
+        print(results.to_json())
+        return
+    out.print(tables.headline(results), markup=False)
+    out.print(rich_table(tables.accuracy_rows(results), "right answers, % (and how they differ from random)"))
+    for ratio in tables.ratios(results):
+        out.print(rich_table(tables.type_rows(results, ratio), f"by type of question, % at {ratio:.0%}"))
+        out.print(rich_table(tables.cost_rows(results, ratio), f"cost at {ratio:.0%}"))
+
+
 @app.command()
 def demo(
     folder: Annotated[Path | None, typer.Option(help="Keep checkpoint and clip in this folder.")] = None,
@@ -224,6 +286,14 @@ def _load_compression(name: str, retention_ratio: float | None) -> Any:
     from vidcompress.config import load
 
     return load(name, **({} if retention_ratio is None else {"retention_ratio": retention_ratio}))
+
+
+def _ratios(text: str) -> list[float]:
+    """The numbers of "1.0,.3,.1"."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--retention must be numbers in (0, 1] by comma, such as 1.0,.3,.1, got {text!r}") from None
 
 
 def _sides(grid: str) -> tuple[int, int, int]:

@@ -1,8 +1,4 @@
-"""A LLaVA-OneVision of tiny size with random weights, a clip to show it, and a tour of what vidcompress does with both.
-
-The checkpoint is real in everything but its weights: transformers' classes, safetensors, tokenizer, processor and chat
-template, saved and loaded as any other. Its answers mean nothing; its token counts and times do.
-"""
+"""A tour: a clip made on the spot, and a tiny trained video-LLM that answers questions about it in several ways."""
 
 from __future__ import annotations
 
@@ -11,109 +7,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 
-SIDE, PATCH = 112, 14  # 8 x 8 patches, pooled to 4 x 4 tokens a frame
-QUESTION = "What happens in this video?"
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}<video>"
-    "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+SEED = 1 << 42  # neither the training nor the evaluation set has it
+METHODS = ("infomerge", "fastvid", "unified", "hieravid", "random")
+FPS = 8
 
 
-def make_clip(path: Path, frames: int = 48, side: int = 128) -> Path:
-    """An mp4 of two shots: a red square crossing a gradient, then a blue one rising before a plain background."""
+def make_clip(path: Path, seed: int = SEED) -> Path:
+    """Renders a clip of vidcompress.eval.tinyqa into an mp4 without loss."""
     import av
 
-    ramp = np.linspace(40, 160, side, dtype=np.uint8)
+    from vidcompress.eval.tinyqa import invent, render
+
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=12)
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            image = np.zeros((side, side, 3), np.uint8)
-            first = i < frames // 2
-            image[:] = ramp[None, :, None] if first else (30, 90, 40)
-            step = i * 4 % (side - 32)
-            row, column = (48, step) if first else (side - 32 - step, 48)
-            image[row : row + 32, column : column + 32] = (220, 40, 40) if first else (40, 60, 220)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+        frames = render(invent(seed))
+        stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return path
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """Saves the tiny model, its processor, and in `siglip/` a SigLIP of the same width for the pooling head."""
-    from transformers import (
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        LlavaOnevisionImageProcessor,
-        LlavaOnevisionProcessor,
-        LlavaOnevisionVideoProcessor,
-        Qwen2Config,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-    )
-
-    torch.manual_seed(seed)
-    tokenizer = _tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<image>", "<video>", "<|im_end|>", "<pad>")}
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": SIDE,
-        "patch_size": PATCH,
-    }
-    text = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=None,
-        eos_token_id=ids["<|im_end|>"],
-        pad_token_id=ids["<pad>"],
-    )
-    config = LlavaOnevisionConfig(
-        text_config=text.to_dict(),
-        vision_config=SiglipVisionConfig(**vision, vision_use_head=False).to_dict(),
-        image_token_index=ids["<image>"],
-        video_token_index=ids["<video>"],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_grid_pinpoints=[[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
-    )
-    model = LlavaOnevisionForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id = ids["<pad>"]
-    model.generation_config.suppress_tokens = [ids["<image>"], ids["<video>"]]
-    model.save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=config.image_grid_pinpoints),
-        video_processor=LlavaOnevisionVideoProcessor(size=size),
-        tokenizer=tokenizer,
-        num_image_tokens=(SIDE // PATCH) ** 2,
-        vision_feature_select_strategy="full",
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    SiglipVisionModel(SiglipVisionConfig(**vision)).save_pretrained(folder / "siglip")
-    return folder
-
-
 def run_demo(console: Console, folder: Path | None, retention_ratio: float) -> None:
-    """Makes clip and checkpoint, then answers one question in several ways and prints what each cost."""
+    """Makes a clip, asks the tiny model about it with and without compression, and prints answers and costs."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -134,66 +53,72 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
     from transformers import AutoProcessor
 
     import vidcompress
-    from vidcompress.measure import ask
+    from vidcompress.eval import checkpoints
+    from vidcompress.eval.tinyqa import invent, questions_about
+    from vidcompress.measure import Result, ask
     from vidcompress.tables import result_rows, rich_table
     from vidcompress.video import load_video
 
-    with console.status("making a clip and a tiny checkpoint"):
-        clip, checkpoint = make_clip(folder / "clip.mp4"), make_checkpoint(folder / "tiny-llava-onevision")
+    checkpoint = checkpoints.path()
+    clip = make_clip(folder / "clip.mp4")
+    questions = {q.type: q for q in questions_about(invent(SEED))}.values()
     console.print(
-        "[bold]The weights are random[/bold]: the answers mean nothing, the token counts and times are real.\n"
-        f"checkpoint {checkpoint.name} ({sum(f.stat().st_size for f in checkpoint.glob('*.safetensors')) / 1e6:.1f} MB)"
+        "A tiny LLaVA-OneVision, trained on rendered clips, and a clip that it has never seen.\n"
+        "It shows how things go; what holds for real models and videos, only those can tell."
     )
-    compression = {
-        "method": "infomerge",
-        "retention_ratio": retention_ratio,
-        "siglip_head": str(checkpoint / "siglip"),
-    }
     start = time.perf_counter()
-    video = load_video(clip, num_frames=32)
+    video = load_video(clip)
     seconds = time.perf_counter() - start
-
-    model = vidcompress.from_pretrained(checkpoint, compression=compression).eval()
+    model = vidcompress.from_pretrained(checkpoint, compression=METHODS[0], dtype="float32").eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
     handle = vidcompress.handle_of(model)
     assert handle is not None
 
-    def answer() -> Any:
-        ask(model, processor, video, QUESTION, max_new_tokens=1)  # warm-up
-        return ask(model, processor, video, QUESTION, max_new_tokens=24, decode_seconds=seconds)
+    def answers() -> list[Result]:
+        ask(model, processor, video, "what ?", max_new_tokens=1)  # warm-up
+        return [ask(model, processor, video, q.text, max_new_tokens=4, decode_seconds=seconds) for q in questions]
 
-    results = [answer()]
-    step = handle.trace[-1].steps[0]
-    for other in ("fastvid", "unified", "hieravid"):
-        handle.switch(other, retention_ratio=retention_ratio)
-        results.append(answer())
+    columns: dict[str, list[Result]] = {}
+    for name in METHODS:
+        handle.switch(name, retention_ratio=retention_ratio)
+        columns[name] = answers()
+        if name == METHODS[0]:
+            step = handle.trace[-1].steps[0]
     handle.remove()
-    results.append(answer())
-    console.print(rich_table(result_rows(results)))
+    columns = {"uncompressed": answers()} | columns
+    lines = [
+        (q.text.removesuffix(" ?") + "?", q.answer, *(own[i].answer for own in columns.values()))
+        for i, q in enumerate(questions)
+    ]
+    console.print(rich_table((("question", "right", *columns), lines), f"{retention_ratio:.0%} of the video tokens"))
+    console.print(rich_table(result_rows([own[0] for own in columns.values()]), "the first question's cost"))
     shots = ", ".join(f"{start}-{end - 1}" for start, end in step.reduction.notes["segments"])
-    console.print(f"infomerge saw these segments of frames: {shots}")
+    truth = ", ".join(f"{scene.start}-{scene.start + scene.length - 1}" for scene in invent(SEED).scenes)
+    console.print(f"{METHODS[0]} saw these segments of frames: {shots}; the clip was cut from scenes of {truth}")
+    _tour_of_the_pipeline(console, checkpoint, retention_ratio, video, next(iter(questions)).text)
 
-    _tour_of_the_pipeline(console, checkpoint, compression, video)
 
-
-def _tour_of_the_pipeline(console: Console, checkpoint: Path, compression: dict[str, Any], video: Any) -> None:
+def _tour_of_the_pipeline(
+    console: Console, checkpoint: Path, retention_ratio: float, video: Any, question: str
+) -> None:
     from transformers import pipeline
 
     import vidcompress
 
     vidcompress.enable()
+    compression = {"method": METHODS[0], "retention_ratio": retention_ratio}
     try:
         pipe = pipeline("image-text-to-text", model=str(checkpoint), model_kwargs={"compression": compression})
     finally:
         vidcompress.disable()
     message = {
         "role": "user",
-        "content": [{"type": "video", "video": video.frames}, {"type": "text", "text": QUESTION}],
+        "content": [{"type": "video", "video": video.frames}, {"type": "text", "text": question}],
     }
     options = {"do_sample_frames": False, "video_metadata": [video.metadata()]}
     reply = pipe(
         text=[message],
-        generate_kwargs={"max_new_tokens": 24, "do_sample": False},
+        generate_kwargs={"max_new_tokens": 4, "do_sample": False},
         return_full_text=False,
         processor_kwargs=options,
     )
@@ -204,22 +129,3 @@ def _tour_of_the_pipeline(console: Console, checkpoint: Path, compression: dict[
         f"{inside.trace.last.before} video tokens and answered {reply[0]['generated_text'].strip()!r}",
         markup=False,
     )
-
-
-def _tokenizer() -> Any:
-    """A byte-level BPE trained on a few words, with LLaVA-OneVision's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    words = "user assistant system what happens in this video describe the a red blue square moves rises crosses before"
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([words, QUESTION] * 2, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left")

@@ -1,0 +1,75 @@
+"""Trains a tiny video-LLM from scratch on one CPU core, to answer the questions of vidcompress.eval.tinyqa.
+
+    python scripts/train_tiny.py --backbone llava_onevision --seed 0 --out checkpoints/tiny-llava-onevision
+
+First tower and projector learn what every patch shows, then, with these kept, the language model learns to answer. The
+checkpoint is bf16 in transformers' own format, with its processor; `training.json` beside it holds settings, versions,
+learning curves and CPU time. `--drops` is the control: half of its batches lose 50 to 90 % of the video's tokens at
+random. `--eyes` takes a finished first half, so that both runs of a seed may share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from vidcompress.compat import ensure_torchvision
+
+ensure_torchvision()
+
+import transformers  # noqa: E402  it reads torchvision at import
+from tinytrain.language import train_language  # noqa: E402
+from tinytrain.models import STUDENTS  # noqa: E402
+from tinytrain.vision import train_vision  # noqa: E402
+
+
+def main() -> None:
+    """Trains, saves, and says how long it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=sorted(STUDENTS), default="llava_onevision")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision-steps", type=int, default=1800)
+    parser.add_argument("--language-steps", type=int, default=4000)
+    parser.add_argument("--drops", action="store_true", help="the control run: random tokens are left out")
+    parser.add_argument("--eyes", type=Path, help="tower and projector of an earlier run: its eyes.pt")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    student = STUDENTS[args.backbone]()
+    start = time.process_time()
+    if args.eyes is None:
+        vision = train_vision(student, args.vision_steps, args.seed)
+        torch.save([module.state_dict() for module in student.eyes], args.out / "eyes.pt")
+    else:
+        vision = []
+        for module, state in zip(student.eyes, torch.load(args.eyes)):
+            module.load_state_dict(state)
+    language = train_language(student, args.language_steps, args.seed, args.drops)
+    student.save(args.out)
+    record = {
+        "backbone": args.backbone,
+        "seed": args.seed,
+        "drops": args.drops,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "cpu_seconds": time.process_time() - start,
+        "threads": args.threads,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": platform.machine(),
+        "vision": vision,
+        "language": language,
+    }
+    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{args.out}: {record['cpu_seconds'] / 60:.0f} CPU minutes")
+
+
+if __name__ == "__main__":
+    main()

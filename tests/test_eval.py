@@ -1,0 +1,213 @@
+"""Asking questions of a model, results files and their statistics, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vidcompress
+from vidcompress.eval import asking, checkpoints, run, tables
+from vidcompress.eval.results import Results, Run
+from vidcompress.eval.suites import load_suite
+from vidcompress.video import Video, prepare_inputs
+
+PATH = checkpoints.path("llava_onevision")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForImageTextToText.from_pretrained(PATH, dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(PATH)
+
+
+@pytest.fixture(scope="module")
+def sheets(model, processor):
+    return asking.prepare(model, processor, load_suite("tinyqa", 3))
+
+
+def generated(model, processor, clip, question) -> str:
+    """The first word that `generate` writes."""
+    count = len(clip.frames)
+    video = Video(clip.frames, 8.0, count, count / 8, tuple(range(count)), clip.name)
+    inputs = prepare_inputs(processor, video, question.text)
+    ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return processor.decode(ids[0, -1])
+
+
+@pytest.mark.parametrize("compression", [None, "fastvid", "unified", "fastv"])
+def test_answers_are_those_that_generate_writes(compression, model, processor, sheets):
+    sheet = sheets[0]
+    handle = None if compression is None else vidcompress.apply(model, compression, retention_ratio=0.3)
+    try:
+        reply = asking.ask(model, sheet)
+        written = [generated(model, processor, sheet.clip, question) for question in sheet.clip.questions]
+    finally:
+        if handle is not None:
+            handle.remove()
+    chosen = [question.options[i] for question, i in zip(sheet.clip.questions, reply.choices)]
+    assert chosen == written
+
+
+@pytest.mark.parametrize("compression", ["infomerge", "unified_pool"])
+def test_continuing_from_the_clip_is_asking_anew(compression, model, sheets):
+    with vidcompress.apply(model, compression, retention_ratio=0.2), torch.inference_mode():
+        in_turn, _ = asking._ask_in_turn(model, sheets[1])
+        apart, _ = asking._ask_apart(model, sheets[1])
+    for one, other in zip(in_turn, apart):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_counts_are_those_of_the_trace(model, sheets):
+    plain = asking.ask(model, sheets[0])
+    assert (plain.before, plain.kept, plain.mean_kept, plain.compression_ms) == (864, 864, 864, 0)
+    with vidcompress.apply(model, "random", retention_ratio=0.1):
+        outer = asking.ask(model, sheets[0])
+    assert (outer.before, outer.kept, outer.mean_kept) == (864, 86, 86) and outer.compression_ms > 0
+    with vidcompress.apply(model, "fastv", retention_ratio=0.5):
+        inner = asking.ask(model, sheets[0])
+    assert (inner.before, inner.kept, inner.mean_kept) == (864, 432, 648)  # from layer 2 of 4
+
+
+# -- runs and files ----------------------------------------------------------------------------------------------------
+def evaluated(model, processor, **settings) -> Results:
+    return list(run.evaluate(model, processor, name="tiny", limit=2, **settings))[-1][0]
+
+
+def test_an_interrupted_run_goes_on(model, processor, tmp_path):
+    out = tmp_path / "results.json"
+    settings = {"methods": ["random", "fastvid"], "retention_ratios": [0.5, 0.1], "out": out}
+    steps = run.evaluate(model, processor, name="tiny", limit=2, **settings)
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    half = Results.load(out)
+    assert [(r.method, r.retention_ratio) for r in half.runs] == [("none", 1.0), ("random", 0.5), ("random", 0.1)]
+    whole = evaluated(model, processor, **settings)
+    assert [r.seconds for r in whole.runs[:3]] == [r.seconds for r in half.runs]  # not asked again
+    assert [(r.method, r.retention_ratio) for r in whole.runs[3:]] == [("fastvid", 0.5), ("fastvid", 0.1)]
+    assert Results.load(out) == whole
+    assert list(run.evaluate(model, processor, name="tiny", limit=2, **settings)) == []
+    fresh = evaluated(model, processor, methods=["random", "fastvid"], retention_ratios=[0.5, 0.1])
+    assert [r.choices for r in fresh.runs] == [r.choices for r in whole.runs]
+
+
+def test_ratios_that_a_method_does_not_go_to_are_left_out(model, processor):
+    found = evaluated(model, processor, methods=["pyramiddrop"], retention_ratios=[0.5, 0.05])
+    assert [(r.method, r.retention_ratio) for r in found.runs] == [("none", 1.0), ("pyramiddrop", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 99}, "has schema 99; this version of vidcompress reads schema 1"),
+        ({"schema": None}, "has schema None"),
+        ({"suite": {"name": "other"}}, "holds results of another suite"),
+        ({"model": {"name": "other"}}, "holds results of another model"),
+    ],
+)
+def test_files_of_something_else(change, message, model, processor, tmp_path):
+    out = tmp_path / "results.json"
+    evaluated(model, processor, out=out)
+    out.write_text(json.dumps(json.loads(out.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        evaluated(model, processor, out=out)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "no json"])
+def test_files_that_hold_no_results(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="is no results file"):
+        Results.load(tmp_path / "results.json")
+
+
+def test_what_cannot_be_evaluated(model, processor):
+    with vidcompress.apply(model, "random"), pytest.raises(ValueError, match="compressed already"):
+        evaluated(model, processor)
+    with pytest.raises(ValueError, match=r"ratio 1\.5 is not in"):
+        evaluated(model, processor, methods=["random"], retention_ratios=[1.5])
+    with pytest.raises(ValueError, match="names no method"):
+        run.choose(" , ")
+    with pytest.raises(ValueError, match="unknown compression 'infomerg'"):
+        run.choose("random,infomerg")
+
+
+def test_a_template_with_the_question_first_is_refused(model, processor):
+    import copy
+
+    turned = copy.copy(processor)
+    turned.chat_template = "{{ messages[0]['content'][1]['text'] }} <video> ?"
+    with pytest.raises(ValueError, match="does not put the question after the video"):
+        asking.prepare(model, turned, load_suite("tinyqa", 1))
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+def results(*runs: Run, types: str = "aabbaabb", clips=(0, 0, 0, 0, 1, 1, 1, 1), answers: str = "01010101") -> Results:
+    return Results({"name": "s"}, {}, {}, list(clips), list(types), answers, list(runs))
+
+
+def one(method: str, ratio: float, choices: str) -> Run:
+    return Run(method, ratio, [], choices, 10, 5, 5, 1.0, 1.0)
+
+
+def test_accuracy_and_its_error():
+    found = results(one("x", 0.5, "01010000"))
+    share, error = found.accuracy(found.runs[0], ["a", "b"])
+    assert share == 0.75 and error == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
+    assert found.accuracy(found.runs[0], ["a"])[0] == 0.75
+    assert math.isnan(found.accuracy(found.runs[0], ["c"])[0])
+
+
+def test_types_that_the_plain_model_cannot_answer_do_not_count():
+    assert results(one("none", 1.0, "01110111")).counted() == ["a"]  # of b it misses half
+    assert results(one("x", 0.5, "01110111")).counted() == ["a", "b"]  # not known
+
+
+def test_paired_differences_by_clip():
+    """Two clips of four questions: +2 in one, -1 in the other."""
+    found = results(one("x", 0.5, "01010010"), one("y", 0.5, "10010110"))
+    mean, error = found.difference(found.runs[0], found.runs[1], ["a", "b"])
+    sums = [2, -1]
+    expected = sum(sums) / 8
+    assert mean == expected
+    assert error == pytest.approx(math.sqrt(2 * sum((s - 4 * expected) ** 2 for s in sums)) / 8)
+    assert found.difference(found.runs[0], found.runs[0], ["a", "b"]) == (0, 0)
+    alone = results(one("x", 0.5, "0101"), types="aabb", clips=(0,) * 4, answers="0101")
+    assert math.isnan(alone.difference(alone.runs[0], alone.runs[0], ["a"])[1])
+
+
+def test_clustered_errors_are_those_of_a_simulation():
+    """Clips whose questions are right or wrong together: the error is that seen over many draws of clips."""
+    rng = np.random.default_rng(0)
+
+    def draw() -> Results:
+        mine = np.repeat(rng.random(60) < 0.6, 5)
+        theirs = np.repeat(rng.random(60) < 0.5, 5)
+        runs = [one(n, 0.5, "".join("0" if ok else "1" for ok in right)) for n, right in (("x", mine), ("y", theirs))]
+        return results(*runs, types="a" * 300, clips=np.repeat(np.arange(60), 5).tolist(), answers="0" * 300)
+
+    drawn = [draw() for _ in range(300)]
+    pairs = [d.difference(*d.runs, ["a"]) for d in drawn]
+    seen = np.std([mean for mean, _ in pairs])
+    assert np.mean([error for _, error in pairs]) == pytest.approx(seen, rel=0.15)
+
+
+def test_tables_and_plot(tmp_path):
+    plain, floor = one("none", 1.0, "01010101"), one("random", 0.5, "01010000")
+    found = results(plain, floor, one("better", 0.5, "01010101"), one("worse", 0.5, "10101010"))
+    header, rows = tables.accuracy_rows(found)
+    assert header == ("method", "50%") and [row[0] for row in rows] == ["better", "random", "worse"]
+    assert rows[0][1].startswith("100.0 ±0.0 (+25.0 ±") and rows[1][1] == "75.0 ±15.3"
+    assert tables.type_rows(found, 0.5)[1][0] == ("none", "100", "100")
+    assert tables.cost_rows(found, 0.5)[1][0][:4] == ("better", "10", "5.0", "5.0")
+    assert tables.headline(found) == "uncompressed 100.0 ±0.0 % over 2 types"
+    tables.plot(found, tmp_path / "folder" / "accuracy.png")
+    assert (tmp_path / "folder" / "accuracy.png").stat().st_size > 10_000
