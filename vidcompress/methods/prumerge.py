@@ -29,6 +29,10 @@ class PruMerge(Method):
     def exact(self) -> bool:
         return not self.adaptive
 
+    def shares(self, tokens: VideoTokens, parts: int) -> list[int]:
+        """Tokens kept of every frame."""
+        return ops.even_shares(self.budget(tokens.grid), parts)
+
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         t, h, w = tokens.grid
         p = h * w
@@ -36,7 +40,7 @@ class PruMerge(Method):
         keys = normalize(tokens.signal("tower_keys").double().view(t, p, -1), dim=-1, eps=1e-300)
         index = torch.arange(t * p, device=attention.device).view(t, p)
         # 1. Choose tokens by attention. One of a frame's is to stand for the rest, if it has two and there is a rest.
-        counts = ops.even_shares(self.budget(tokens.grid), t)
+        counts = self.shares(tokens, t)
         chosen = self.choose(attention, [count - (1 < count < p) for count in counts])
         kept, triplets = chosen.clone(), []
         for f, (own, count) in enumerate(zip(chosen, counts, strict=True)):

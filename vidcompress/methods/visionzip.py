@@ -34,11 +34,15 @@ class VisionZip(Method):
         takes_all = self.scope == "auto" and model_type.startswith("qwen")
         return replace(self, scope="video") if takes_all else self
 
+    def shares(self, tokens: VideoTokens, parts: int) -> list[int]:
+        """Tokens kept of every frame, or of the whole video."""
+        return ops.even_shares(self.budget(tokens.grid), parts)
+
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         n, parts = len(tokens), 1 if self.scope == "video" else tokens.grid[0]
         received, keys = tokens.signal("saliency.received"), tokens.signal("tower_keys")
         index = torch.arange(n, device=received.device).view(parts, -1)
-        counts = ops.even_shares(self.budget(tokens.grid), parts)
+        counts = self.shares(tokens, parts)
         # 1. Dominant: the tokens that receive most attention stay as they are.
         dominant_counts = [floor(count * self.dominant_share) for count in counts]
         dominant = ops.top_tokens(received.view(parts, -1), torch.tensor(dominant_counts))
