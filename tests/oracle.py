@@ -267,6 +267,8 @@ def decide(model: Any, said: Said, ids: Tensor, turns: list[Turn]) -> None:
             index = video.index(site.layer)
             place = torch.searchsorted(columns, video.columns[index])
             signals = {name: s if name == "frame_features" else s[index] for name, s in video.signals.items()}
+            if "first_look" in method.needs:
+                signals |= {"first_look": first_look(model, layers, method, video.columns, last)}
             if site.is_inner:
                 signals |= decoder_signals(model, layers, site.layer, video.columns[index], text, last)
             decided[v] = method.decide(
@@ -395,6 +397,19 @@ def decoder_signals(
     if layer:
         found["last_query_attention.previous"] = paid(layer - 1, last).mean((0, 1))
     return found
+
+
+def first_look(
+    model: Any, layers: Sequence[tuple[Tensor, Tensor, Tensor]], method: Method, video: Tensor, last: Tensor
+) -> Tensor:
+    """[M] what the last token pays to the video alone: the share of what it pays, mean over heads and layers."""
+    shares = []
+    for layer in method.looks(len(layers)):
+        hidden, positions, columns = layers[layer]
+        row = attention(model, layer, hidden, positions)[:, torch.searchsorted(columns, last)[0]]  # [H, n]
+        paid = row[:, torch.searchsorted(columns, video)]
+        shares.append((paid / paid.sum(1, keepdim=True)).mean(0))
+    return torch.stack(shares).mean(0)
 
 
 def attention(model: Any, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:

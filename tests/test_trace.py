@@ -71,6 +71,7 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
     trace.prompts.append(
         Prompt([step(), inner], 20, 9, 0.25, 0.125, [{"method": "random", "seed": 0}], "some/head", [9, 8], 0.0625)
     )
+    trace.last.look_seconds, trace.last.looked_at = 0.03125, [2, 3]
     content = trace.to_dict()
     path = tmp_path / "trace.json"
     trace.save(path)
@@ -86,6 +87,8 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
         "layer_lengths": [9, 8],
         "seconds": 0.25,
         "inner_seconds": 0.0625,
+        "look_seconds": 0.03125,
+        "looked_at": [2, 3],
         "signal_seconds": 0.125,
         "compression": [{"method": "random", "seed": 0}],
         "head": "some/head",

@@ -121,6 +121,8 @@ def show(
         out.print(rich_table((("setting", "value", "meaning"), rows), title))
         needs = ", ".join(sorted(method.needs)) or "nothing"
         out.print(f"acts at {', '.join(map(str, method.sites(layers)))}; needs {needs}")
+        if looks := method.looks(layers):
+            out.print(f"looks at layers {', '.join(map(str, looks))}, over the whole prompt, before it is reduced")
         for line in paper.get("differs", []):
             out.print(f"differs: {line}")
     bound = "" if all(method.exact for method in pipeline) else "at most "
@@ -317,6 +319,8 @@ def _token_rows(estimates: Sequence[Estimate], per_layer: bool) -> Rows:
     means = (f"{e.mean_tokens:.1f} ({e.mean_tokens / total:.1%})" for e in estimates)
     rows.append(("video tokens, mean over layers", *means))
     rows.append(("KV cache in bfloat16, MB", *(f"{sum(e.kv_bytes) / 1e6:.2f}" for e in estimates)))
+    if any(e.looked_layers for e in estimates):
+        rows.append(("layers run over the whole prompt before", *(str(e.looked_layers) for e in estimates)))
     for i in range(len(plain.video_tokens)) if per_layer else ():
         cells = (f"{e.video_tokens[i]} tokens, {e.kv_bytes[i] / 1e6:.2f} MB" for e in estimates)
         rows.append((f"layer {i}", *cells))

@@ -282,7 +282,8 @@ class Estimate:
         sites: tokens kept at every site, in order, by the site's name; empty without compression.
         video_tokens: that every decoder layer runs over.
         kv_bytes: of keys and values by layer, in bfloat16, text included.
-        flops: operations by layer, by the formula's name, text included.
+        flops: operations by layer, by the formula's name, text included, and those of a first look.
+        looked_layers: that a first look runs over the whole prompt before it is reduced.
     """
 
     compression: str
@@ -292,6 +293,7 @@ class Estimate:
     video_tokens: list[int]
     kv_bytes: list[int]
     flops: dict[str, list[int]]
+    looked_layers: int = 0
 
     @property
     def mean_tokens(self) -> float:
@@ -302,6 +304,7 @@ class Estimate:
         """JSON-serialisable: totals, and `per_layer` their parts too."""
         facts = {"compression": self.compression, "exact": self.exact, "grid": list(self.grid), "sites": self.sites}
         facts |= {"video_tokens_mean": self.mean_tokens, "kv_bytes": sum(self.kv_bytes)}
+        facts |= {"looked_layers": self.looked_layers}
         facts |= {"flops": {name: sum(layers) for name, layers in self.flops.items()}}
         if per_layer:
             layers = {"video_tokens": self.video_tokens, "kv_bytes": self.kv_bytes, "flops": self.flops}
@@ -327,7 +330,8 @@ def estimate(
         raise ValueError(f"grid {grid} has an empty side; frames, rows and columns must be at least 1")
     if text_tokens < 0:
         raise ValueError(f"text_tokens must be at least 0, got {text_tokens}")
-    lengths, sites, exact, name = [math.prod(grid)] * of.layers, {}, True, "none"
+    total, looked = math.prod(grid), 0
+    lengths, sites, exact, name = [total] * of.layers, {}, True, "none"
     if compression is not None:
         from vidcompress.method import Pipeline
 
@@ -335,6 +339,10 @@ def estimate(
         lengths = pipeline.lengths(grid, of.layers)
         sites = {str(site): count for site, count in pipeline.counts(grid, of.layers).items()}
         exact, name = all(method.exact for method in pipeline), pipeline.name
+        looked = max(pipeline.looks(of.layers), default=0) if lengths[0] < total else 0
     stored = [n + text_tokens for n in lengths]
     by_formula = {formula: flops(formula, of, stored, decode_tokens) for formula in formulas}
-    return Estimate(name, exact, grid, sites, lengths, kv_cache_bytes(of, stored), by_formula)
+    for formula, layers in by_formula.items():
+        first_look = flops(formula, of, [total + text_tokens] * of.layers, 0)
+        by_formula[formula] = [cost + look * (i < looked) for i, (cost, look) in enumerate(zip(layers, first_look))]
+    return Estimate(name, exact, grid, sites, lengths, kv_cache_bytes(of, stored), by_formula, looked)

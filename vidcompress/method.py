@@ -71,6 +71,11 @@ class Method:
         """Where it acts in an LLM of `depth` decoder layers, in order. The default is the projector's output."""
         return [Site.projector()]
 
+    def looks(self, depth: int = DEPTH) -> tuple[int, ...]:
+        """Decoder layers that give the signal `first_look`: the LLM runs up to them over the whole prompt before this
+        method reduces it. The default is none."""
+        return ()
+
     @property
     def exact(self) -> bool:
         """True if `budget` and `count` say what will be kept; False if they only say the most that can be."""
@@ -237,6 +242,19 @@ class Pipeline:
                     f"0 to {depth - 1}"
                 )
         return dict(sorted(stages.items(), key=lambda stage: stage[0].layer))
+
+    def looks(self, depth: int = DEPTH) -> tuple[int, ...]:
+        """Ascending decoder layers at which the whole prompt is looked at before it is reduced.
+
+        Raises ValueError for a layer that an LLM of this depth does not have.
+        """
+        layers = {layer: method for method in self.methods for layer in method.looks(depth)}
+        for layer, method in layers.items():
+            if not 0 <= layer < depth:
+                raise ValueError(
+                    f"{method.name} looks at layer {layer}; this decoder has {depth} layers, 0 to {depth - 1}"
+                )
+        return tuple(sorted(layers))
 
     def counts(self, grid: Grid, depth: int = DEPTH) -> dict[Site, int]:
         """Tokens of a (t, h, w) video that are kept at every site (at most, if some method is not `exact`)."""

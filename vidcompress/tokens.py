@@ -61,7 +61,8 @@ class VideoTokens:
             `saliency.head` [M], `saliency.received` [M], `tower_keys` [M, D] (of the layer of `saliency.received`, the
             mean over its heads). From the decoder (Q text tokens after the video, H heads):
             `text_attention` [M], `text_attention.heads` [H, Q, M], `last_query_attention` [M],
-            `last_query_attention.previous` [M], `text_hidden` [Q, C], `last_text_hidden` [C].
+            `last_query_attention.previous` [M], `text_hidden` [Q, C], `last_text_hidden` [C]; and, before it is
+            entered, `first_look` [M].
         notes: what the same method noted about this video at its site before this one.
         entered: tokens of this video that entered the LLM; M where nothing is said.
     """

@@ -54,6 +54,8 @@ class Prompt:
         seconds: wall time of everything the library did at this prefill: decisions, merging, shortening. The signals
             from the tower come on top.
         inner_seconds: the part of `seconds` that was spent between decoder layers.
+        look_seconds: the part of `seconds` that a first look inside the decoder took, for methods that ask for one.
+        looked_at: decoder layers that it looked at; it ran over `length_before` tokens up to the last of them.
         signal_seconds: wall time of the saliency and frame features taken from the vision tower.
     """
 
@@ -66,6 +68,8 @@ class Prompt:
     head: str | None = None
     layer_lengths: list[int] = field(default_factory=list)
     inner_seconds: float = 0.0
+    look_seconds: float = 0.0
+    looked_at: list[int] = field(default_factory=list)
 
     @property
     def before(self) -> int:
@@ -80,7 +84,7 @@ class Prompt:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         names = ["compression", "head", "before", "after", "length_before", "length_after", "layer_lengths"]
-        names += ["seconds", "inner_seconds", "signal_seconds"]
+        names += ["seconds", "inner_seconds", "look_seconds", "looked_at", "signal_seconds"]
         return {k: getattr(self, k) for k in names} | {"steps": [s.to_dict() for s in self.steps]}
 
 

@@ -8,7 +8,8 @@ layer its own way; tokens decoded later are stored one to one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,6 +195,18 @@ def commit(cache: Cache, state: CacheState) -> None:
     if not isinstance(cache, LogicalLength):
         cache.__class__ = _logical(type(cache))
     cache.vidcompress_state = state  # type: ignore[attr-defined]
+
+
+@contextmanager
+def served(state: CacheState | None) -> Iterator[None]:
+    """Meanwhile a forward of the engine's runs, which alone knows what the prefix holds."""
+    if state is not None:
+        state.served = True
+    try:
+        yield
+    finally:
+        if state is not None:
+            state.served = False
 
 
 def state_of(cache: Cache | None) -> CacheState | None:

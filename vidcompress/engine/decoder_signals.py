@@ -26,9 +26,11 @@ DECODER_SIGNALS = frozenset(
         "last_query_attention.previous",
         "text_hidden",
         "last_text_hidden",
+        "first_look",
     }
 )
-"""Signals that any decoder gives; `.previous` is of the layer before, as FastV takes it."""
+"""Signals that any decoder gives; `.previous` is of the layer before, as FastV takes it, and `first_look` is from a run
+of its own over the whole prompt."""
 
 
 @dataclass
@@ -94,6 +96,15 @@ class LayerView:
         with full_precision(query.device):
             rows, columns = (before + rank[places].to(query.device) for places in (queries, places))
             return ops.text_attention(query, self._keys[row], attention.scaling, rows, columns, reduce)
+
+    @torch.no_grad()
+    def look(self, row: int, places: Tensor, last: Tensor) -> Tensor:
+        """[M] what the token at column `last` [1] pays to those at `places` [M], as if there were no others: the mean
+        over heads."""
+        query, key = self._project("q_proj", row, last), self._project("k_proj", row, places)
+        with full_precision(query.device):
+            columns = torch.arange(key.shape[1], device=key.device)
+            return ops.text_attention(query, key, self.layer.self_attn.scaling, columns[-1:], columns)
 
     def _project(self, name: str, row: int, columns: Tensor) -> Tensor:
         """[heads, columns, D] queries or keys after the rotary embedding."""

@@ -109,12 +109,13 @@ class Handle:
                 "this text decoder has sliding-window layers; a window counts stored tokens, and compression changes "
                 "their number. Only full attention is supported (set use_sliding_window=False in the text config)"
             )
-        attentive = {name for name in pipeline.needs & DECODER_SIGNALS if "attention" in name}
+        attentive = {name for name in pipeline.needs & DECODER_SIGNALS if "hidden" not in name}
         if attentive and (getattr(self.model, "_tp_size", None) or 1) > 1:
             raise ValueError(
                 f"{pipeline.name} needs {sorted(attentive)}, of which a rank of a tensor-parallel model sees its own "
                 "heads only, so that ranks would keep different tokens; use a method that reduces before the decoder"
             )
+        pipeline.looks(len(decoder.layers))
         deepstack = self._patch.deepstack_layers(self.model)
         for site, method in pipeline.stages(len(decoder.layers)).items():
             if 0 <= site.layer < deepstack:

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from vidcompress.engine import sequence
-from vidcompress.engine.cache import commit, state_of
+from vidcompress.engine.cache import commit, served, state_of
 from vidcompress.engine.context import ThreadState
+from vidcompress.engine.first_look import FirstLook, lent
 from vidcompress.engine.overrides import Override, refuse_mask
 from vidcompress.engine.plan import Encoding, Pending, Plan
+from vidcompress.engine.sequence import Sequence
 from vidcompress.engine.siglip_head import SiglipHead
 from vidcompress.engine.stages import Running
 from vidcompress.method import Pipeline
@@ -203,25 +205,34 @@ class Engine:
             cache = kwargs["past_key_values"] = self.patch.new_cache(decoder)
         batch, length = tokens.mask.shape
         whole = kwargs.get("attention_mask") is None and batch == 1
-        running = Running(decoder, cache, length, past, following, whole, plan, state, self.patch.causal_mask)
-        if running.has_inner_sites:
+        common = (length, past, following, whole, state, self.patch.causal_mask)
+        running = Running(decoder, cache, plan, *common)
+        if running.has_inner_sites or (plan is not None and plan.looks):
             self._refuse_replaced_layers(decoder)
+        if plan is not None and plan.looks:
+            look = FirstLook(plan, plan.looks)
+            self._look(Running(decoder, lent(cache) if past else None, None, *common, look), tokens, kwargs)
         tokens = running.begin(tokens)
         if running.changed and kwargs.get("visual_pos_masks") is not None:
             running.narrow_deepstack(kwargs)
-        if state is not None or running.changed:
-            kwargs["inputs_embeds"] = tokens.embeds
-            kwargs["attention_mask"] = None if whole else tokens.full_mask
-            if "cache_position" in kwargs:  # of transformers 4, which builds its masks by it
-                stored = tokens.past_mask.shape[1]
-                kwargs["cache_position"] = torch.arange(stored, stored + tokens.length, device=tokens.mask.device)
-            kwargs["position_ids"] = tokens.position_ids
-            if running.changed:
-                kwargs["position_ids"] = torch.arange(tokens.length, device=tokens.mask.device).expand(batch, -1)
+        kwargs |= running.arguments(tokens, kwargs)
         if state is not None:
             state.served = True
         self.local.running = running
         return args, kwargs
+
+    def _look(self, running: Running, tokens: Sequence, kwargs: dict[str, Any]) -> None:
+        """Makes a first look: a run of the decoder over all `tokens`, which stores nothing for later."""
+        assert running.look is not None
+        running.begin(tokens)
+        quiet = {name: value for name, value in kwargs.items() if not name.startswith(("output_", "return_"))}
+        quiet |= {**running.arguments(tokens, kwargs), "past_key_values": running.cache, "use_cache": False}
+        self.local.running = running
+        try:
+            with served(running.state):
+                running.look.take(lambda: running.decoder.forward(**quiet), tokens.embeds.device)
+        finally:
+            self.local.running = None
 
     def _refuse_checkpointing(self, decoder: Any, plan: Plan) -> None:
         """ValueError if layers would be run again in the backward pass, without what the hooks know."""
@@ -247,7 +258,7 @@ class Engine:
         self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         running = self.local.running
-        if running is None or not running.has_inner_sites:
+        if running is None or not running.concerns_layers:
             return None
         return running.layer(i, layer, args, kwargs)
 

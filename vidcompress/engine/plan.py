@@ -125,6 +125,7 @@ class Plan:
         text: for every row the columns of the prompt's text after its last video; the last token where there is none.
         last: for every row the column of the prompt's last token.
         textless: rows that have no text after their last video.
+        looks: decoder layers that are looked at before the whole prompt is reduced.
         prompt: the trace's record, or None if the trace is off.
         taken: (row, columns [N], reduction) of every video at the last site.
     """
@@ -134,6 +135,7 @@ class Plan:
     text: list[Tensor]
     last: list[Tensor]
     textless: list[int]
+    looks: tuple[int, ...] = ()
     prompt: Prompt | None = None
     taken: list[tuple[int, Tensor, Reduction]] = field(default_factory=list)
 
@@ -171,6 +173,8 @@ class Plan:
             )
         if "frame_features" in encoding.pipeline.needs:
             plan._add_frame_features(tokens)
+        if "first_look" in encoding.pipeline.needs and any(map(plan._is_reduced, plan.followed)):
+            plan.looks = encoding.pipeline.looks(depth)
         return plan
 
     def carry_out(self, site: Site, tokens: Sequence, view: LayerView | None = None) -> tuple[Sequence, Tensor] | None:
@@ -272,6 +276,12 @@ class Plan:
                 signals = {**video.video.signals, "frame_features": frames.float().mean(1)}
                 completed[video.number] = replace(video.video, signals=signals)
             video.video = completed[video.number]
+
+    def _is_reduced(self, video: Followed) -> bool:
+        """Whether something of it is to go before the LLM."""
+        site, n = Site.projector(), video.entered
+        method = self.stages.get(site)
+        return method is not None and (method.loose or method.count(site, video.video.grid, n, n) < n)
 
     def _find_text(self, row: int, real: Tensor, video: Tensor, pending: Pending) -> None:
         """Notes the text of a row after its last video."""

@@ -6,7 +6,7 @@ from the second stage on, hidden states, rotary tables, mask and positions are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from vidcompress.engine import sequence
 from vidcompress.engine.cache import CachedPrefix, CacheState
 from vidcompress.engine.decoder_signals import LayerView
+from vidcompress.engine.first_look import FirstLook
 from vidcompress.engine.plan import Plan
 from vidcompress.engine.sequence import Sequence
 from vidcompress.tokens import Site
@@ -59,13 +60,14 @@ class Running:
     Attributes:
         decoder: the text decoder.
         cache: its cache, or None.
+        plan: what is to become of the videos in this forward, if there are any.
         length: the caller's length.
         past: tokens before this forward, in the caller's terms.
         following: [B, n] bool, the mask of what every layer's cache stores after its compressed prefix.
         whole: whether no mask was given, nor is one needed.
-        plan: what is to become of the videos in this forward, if there are any.
         state: the cache's compressed prefix, if there is one.
         causal_mask: makes a layer's mask (`Patch.causal_mask`).
+        look: the first look for which this forward is made, or None.
         stages: those that were entered; the first is what the decoder itself sees.
         changed: whether anything was removed or merged.
         placed: whether the rotary embedding got the true positions.
@@ -73,13 +75,14 @@ class Running:
 
     decoder: Any
     cache: Any
+    plan: Plan | None
     length: int
     past: int
     following: Tensor
     whole: bool
-    plan: Plan | None
     state: CacheState | None
     causal_mask: Callable[..., Any]
+    look: FirstLook | None = None
     stages: list[Stage] = field(default_factory=list)
     changed: bool = False
     placed: bool = False
@@ -100,6 +103,11 @@ class Running:
         return bool(self._starts)
 
     @property
+    def concerns_layers(self) -> bool:
+        """Whether `layer` has to be asked about every layer."""
+        return self.has_inner_sites or self.look is not None
+
+    @property
     def rotary_positions(self) -> Tensor | None:
         """The survivors' position ids, for the rotary embedding; None if it is to use those it is given."""
         first = self.stages[0]
@@ -114,6 +122,17 @@ class Running:
             self.changed = True
         self.stages.append(Stage(0, _without_embeds(tokens), index))
         return tokens
+
+    def arguments(self, tokens: Sequence, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the decoder is to get instead of some of the arguments it was given, to run over `tokens`."""
+        if self.state is None and not self.changed:
+            return {}
+        device, stored, n = tokens.mask.device, tokens.past_mask.shape[1], tokens.length
+        found = {"inputs_embeds": tokens.embeds, "attention_mask": None if self.whole else tokens.full_mask}
+        if "cache_position" in given:  # of transformers 4, which builds its masks by it
+            found["cache_position"] = torch.arange(stored, stored + n, device=device)
+        columns = torch.arange(n, device=device).expand(len(tokens.mask), -1)
+        return found | {"position_ids": columns if self.changed else tokens.position_ids}
 
     def narrow_deepstack(self, kwargs: dict[str, Any]) -> None:
         """Lets the features that Qwen3-VL adds at its first layers follow the reduction before the LLM."""
@@ -138,8 +157,9 @@ class Running:
         stage = self.stages[-1]
         rotary = rotary if stage.rotary is None else stage.rotary
         if i in self._looked_at:
-            seen = replace(stage.tokens, embeds=hidden)
-            self._previous = LayerView(layer, i, seen, rotary, self.cache)
+            self._previous = LayerView(layer, i, replace(stage.tokens, embeds=hidden), rotary, self.cache)
+        if self.look is not None:
+            self.look.at(LayerView(layer, i, replace(stage.tokens, embeds=hidden), rotary))
         if stage.rotary is None and not stage.own_mask:
             return args, kwargs
         kwargs["position_embeddings"] = rotary
