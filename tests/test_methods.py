@@ -55,7 +55,7 @@ def video(features: Tensor, grid: Grid, attention: Tensor | None = None, frames:
     n, channels = features.shape
     attention = rand(n, seed=17) if attention is None else attention.flatten()
     frames = features.float().view(grid[0], n // grid[0], -1).mean(1) if frames is None else frames
-    kinds = ("saliency.head", "saliency.received", "text_attention", "last_query_attention")
+    kinds = ("saliency.head", "saliency.received", "text_attention", "last_query_attention", "first_look")
     signals = dict.fromkeys((*kinds, "last_query_attention.previous"), attention)
     signals["text_attention.heads"] = attention * torch.tensor([[[0.5]], [[1.0]]], dtype=attention.dtype)  # [2, 1, n]
     signals |= {"frame_features": frames, "text_hidden": randn(5, channels, seed=18).to(features.dtype)}
@@ -207,7 +207,7 @@ def test_lawful_whatever_the_attention(name: str, attention: str) -> None:
                 assert_lawful(step.reduction, step.seen, counts[step.site], step.method.exact)
 
 
-ADDING = {"visionzip", "prumerge", "prumerge_plus"}
+ADDING = {"dytok", "visionzip", "prumerge", "prumerge_plus"}
 """Methods that add to a survivor what joins it, as their papers do."""
 
 

@@ -37,6 +37,7 @@ def synthetic(grid: Grid, channels: int, dtype: torch.dtype, device: torch.devic
         "frame_features": (mood[shot] + 0.2 * torch.randn(t, 1152, generator=draw)).to(device),
         "saliency.head": torch.rand(t * h * w, generator=draw).to(device),
         "saliency.received": torch.rand(t * h * w, generator=draw).to(device),
+        "first_look": torch.rand(t * h * w, generator=draw).to(device),
         "tower_keys": tokens[..., :72].flatten(0, 1).to(device),  # as long as those of SigLIP, and as alike as tokens
     }
     return VideoTokens(tokens.flatten(0, 1).to(device), grid, None, signals)
