@@ -2,24 +2,28 @@
 
     python scripts/bench_inside.py --channels 3584 --grid 32x14x14 --repeat 3
 
-Rounds are interleaved; a row gives the median of both times, their ratio, and the memory that each takes beyond its
-input in a round of its own (CPU: resident memory, GPU: allocated). Tokens are synthetic shots of still and moving
-positions; the decoder layer has Qwen2-7B's width and random weights. Only ratios of one run mean something.
+Rounds are interleaved; a row gives the least of both times (what else runs on the machine only adds), their ratio, and
+the memory that each takes beyond its input in a round of its own (CPU: resident memory, GPU: allocated). A whole method
+is measured against itself on the definitions of its ops, which follow the papers' steps as they are written. Tokens are
+synthetic shots of still and moving positions; the decoder layer has Qwen2-7B's width and random weights. Only ratios of
+one run mean something.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
-import statistics
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vidcompress import Site, VideoTokens, load, ops
+from vidcompress import Method, Site, VideoTokens, load, ops
 from vidcompress.compat import ensure_torchvision
 
 ensure_torchvision()  # looked for when transformers is imported
@@ -234,14 +238,39 @@ def longer_steps(t: int, p: int, channels: int) -> list[Step]:
     return [Step(f"density peaks, N = {len(x)}", ours, None, mb_bar=150)]
 
 
+@contextlib.contextmanager
+def by_definition() -> Iterator[None]:
+    """Meanwhile every op is its `naive` one."""
+    before = os.environ.get("VIDCOMPRESS_OPS")
+    os.environ["VIDCOMPRESS_OPS"] = "naive"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["VIDCOMPRESS_OPS"]
+        else:
+            os.environ["VIDCOMPRESS_OPS"] = before
+
+
 def whole_steps(x: Tensor, grid: tuple[int, int, int], ratio: float) -> list[Step]:
-    """All that both methods decide before the LLM, which has no naive version of its own."""
-    attention = torch.rand(len(x), generator=torch.Generator().manual_seed(5))
-    tokens = VideoTokens(x, grid, signals={"saliency.received": attention})
+    """All that methods decide and merge before the LLM."""
+    draw = torch.Generator().manual_seed(5)
+    mood = torch.randn(-(-grid[0] // 8), 1152, generator=draw).repeat_interleave(8, 0)[: grid[0]]
+    signals = {name: torch.rand(len(x), generator=draw) for name in ("saliency.received", "saliency.head")}
+    signals["frame_features"] = mood + 0.2 * torch.randn(mood.shape, generator=draw)
+    tokens = VideoTokens(x, grid, signals=signals)
     steps = []
-    for name in ("unified", "hieravid"):
-        decide = functools.partial(load(name, retention_ratio=ratio).decide, tokens, Site.projector())
-        steps.append(Step(f"{name} before the LLM, all of it", decide, None))
+    for name, bars in (("fastvid", (0.55, 0.5)), ("unified", (None, None)), ("hieravid", (None, None))):
+        method = load(name, retention_ratio=ratio)
+
+        def work(method: Method = method) -> Tensor:
+            return method.decide(tokens, Site.projector()).apply(x)
+
+        def plainly(work: Work = work) -> object:
+            with by_definition():
+                return work()
+
+        steps.append(Step(f"{name} before the LLM, all of it", work, plainly if bars[0] else None, *bars))
     return steps
 
 
@@ -382,8 +411,7 @@ def _row(
     step: Step, times: list[tuple[float | None, float | None]], memory: tuple[float | None, float | None]
 ) -> dict[str, object]:
     ms, naive_ms = (
-        None if None in column else statistics.median(t for t in column if t is not None)
-        for column in zip(*times, strict=True)
+        None if None in column else min(t for t in column if t is not None) for column in zip(*times, strict=True)
     )
     mb, naive_mb = memory
     ratio = ms / naive_ms if ms is not None and naive_ms is not None else None

@@ -1,16 +1,24 @@
-"""Writes the generated tables into README.md, between their marks. `--check` only says whether they are stale."""
+"""Writes generated tables between their marks: into README.md, and into docs/evaluation.md from benchmarks/results.
+
+`--check` only says whether they are stale.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 
+from vidcompress.compat import ensure_torchvision
+from vidcompress.tables import Rows, backbone_rows, markdown, method_rows
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, EVALUATION = ROOT / "README.md", ROOT / "docs" / "evaluation.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 OFFICIAL = {
     "fastv": ["fastv"],
@@ -33,21 +41,35 @@ REFERENCE = {
 """Those of an independent reference, for methods without official code."""
 
 
-def render(text: str) -> str:
-    """The README with fresh tables; ValueError if a mark is missing."""
-    from vidcompress.compat import ensure_torchvision
-
-    ensure_torchvision()
-    from vidcompress.tables import backbone_rows, markdown, method_rows
-
-    header, methods = method_rows()
-    methods = [(*row, recorded(row[0])) for row in methods]
-    for name, rows in (("methods", ((*header, "recorded cases equal"), methods)), ("backbones", backbone_rows())):
+def render(text: str, tables: Mapping[str, Rows]) -> str:
+    """A document with fresh tables; ValueError if a mark is missing."""
+    for name, rows in tables.items():
         mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not mark.search(text):
-            raise ValueError(f"README.md has no marks <!-- {name} --> ... <!-- /{name} -->")
+            raise ValueError(f"there are no marks <!-- {name} --> ... <!-- /{name} -->")
         text = mark.sub(lambda m, rows=rows: m[1] + markdown(rows) + "\n" + m[2], text)
     return text
+
+
+def readme() -> dict[str, Rows]:
+    """The tables of README.md."""
+    ensure_torchvision()
+    header, methods = method_rows()
+    methods = [(*row, recorded(row[0])) for row in methods]
+    return {"methods": ((*header, "recorded cases equal"), methods), "backbones": backbone_rows()}
+
+
+def evaluation() -> dict[str, Rows]:
+    """Those of docs/evaluation.md."""
+    from vidcompress.eval.results import Results
+    from vidcompress.eval.tables import accuracy_rows, cost_rows, type_rows
+
+    found: dict[str, Rows] = {}
+    for path in sorted(RESULTS.glob("tinyqa-*.json")):
+        results, name = Results.load(path), path.stem.removeprefix("tinyqa-")
+        found |= {f"accuracy {name}": accuracy_rows(results), f"types {name}": type_rows(results, 0.1)}
+        found[f"cost {name}"] = cost_rows(results, 0.1)
+    return found
 
 
 def recorded(method: str) -> str:
@@ -64,11 +86,13 @@ def recorded(method: str) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    fresh = render(text)
-    if "--check" in sys.argv:
-        sys.exit("README.md's tables are stale: run `make tables`" if fresh != text else 0)
-    README.write_text(fresh, encoding="utf-8")
+    """Writes both documents, or says which is stale."""
+    for path, tables in ((README, readme()), (EVALUATION, evaluation())):
+        text = path.read_text(encoding="utf-8")
+        fresh = render(text, tables)
+        if "--check" in sys.argv and fresh != text:
+            sys.exit(f"{path.name}'s tables are stale: run `make tables`")
+        path.write_text(fresh, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -191,9 +191,36 @@ def test_flops_from_a_folder_needs_nothing_else(checkpoint):
 def test_demo(vidcompress, tmp_path):
     code, out, err = vidcompress("demo", "--folder", tmp_path)
     assert code == 0, err
-    assert "weights are random" in out and "pipeline" in out
-    assert "kept 51 of 512" in " ".join(out.split())
+    assert "has never seen" in " ".join(out.split()) and "pipeline" in out
+    assert "kept 86 of 864" in " ".join(out.split())
     assert (tmp_path / "clip.mp4").is_file()
+
+
+def test_eval(vidcompress, tmp_path):
+    command = ["eval", "--methods", "random,fastvid", "--retention", "1.0,.1", "--clips", 2, "--threads", 1]
+    code, out, err = vidcompress(*command, "--out", tmp_path / "found.json", "--plot", tmp_path / "found.png")
+    assert code == 0, err
+    assert "uncompressed" in out and "fastvid" in out and "direction" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [run["method"] for run in found["runs"]] == ["none", "random", "fastvid"]
+    assert (tmp_path / "found.png").is_file()
+    code, out, err = vidcompress(*command, "--out", tmp_path / "found.json", "--json")  # nothing is asked again
+    assert code == 0 and json.loads(out) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "videomme"], "there is no suite 'videomme'"),
+        (["--methods", "fastvit"], "unknown compression 'fastvit'"),
+        (["--retention", "half"], "--retention must be numbers"),
+        (["--retention", "1.0,0"], "retention ratio 0.0 is not in"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_eval_refuses(arguments, message, vidcompress):
+    code, _, err = vidcompress("eval", "--clips", 1, *arguments)
+    assert code == 2 and message in err
 
 
 def test_traceback_on_demand(vidcompress):

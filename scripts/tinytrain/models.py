@@ -91,12 +91,12 @@ class Student(ABC):
         """Tower and projector: what is trained first and then kept."""
 
     @torch.no_grad()
-    def stress_place(self, count: int, factor: float = 5.0) -> None:
-        """Makes the first `count` numbers of a token larger. Training writes there where things are, faintly beside the
-        rest of a token (1 % of its variance), and the decoder would take very long to find it."""
+    def stress_place(self, factor: float = 3.0) -> None:
+        """Makes the first two numbers of a token larger. Training writes there where its object is, faintly beside the
+        rest of a token, and the decoder would take very long to find it."""
         last = _linears(self.eyes[-1])[-1]
-        last.weight[:count] *= factor
-        last.bias[:count] *= factor
+        last.weight[:2] *= factor
+        last.bias[:2] *= factor
 
     @abstractmethod
     def save(self, folder: Path) -> None:

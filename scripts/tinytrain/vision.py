@@ -89,7 +89,7 @@ class Labels(nn.Module):
             "kind": (_cross_entropy(kind, batch["token_kind"]) * weight).mean(),
             "colour": (_cross_entropy(colour, batch["token_colour"]) * weight).mean(),
             "texture": 0.5 * _cross_entropy(self.texture(tokens), batch["token_texture"]).mean(),
-            "place": 2 * ((tokens[..., : batch["place"].shape[-1]] - batch["place"]).square() * batch["known"]).mean(),
+            "place": 0.5 * (tokens[..., :2] - batch["place"]).square().mean(),
             "patch": (_cross_entropy(self.patch_kind(last), batch["kind"]) * (1 + 2 * (batch["kind"] > 0))).mean() / 2,
             "offset": ((self.offset(last) - batch["offset"]).abs().mean(-1) * (batch["kind"] > 0)).mean() * 2,
             "mask": F.binary_cross_entropy_with_logits(self.mask(seen["first"]), batch["mask"]),
@@ -112,7 +112,8 @@ def make_batch(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Pictures uint8 [B, frames, H, W, 3] and the labels of their patches and tokens.
 
-    `place` of a token is where it and its object are in the picture or, unless `absolute`, where its object is from it.
+    `place` of a token is how far its object is from the middle of the picture or, unless `absolute`, from the token, in
+    tokens; 0 where there is none, so that what attends widely still reads where the objects are.
     """
     pictures, rows = [], []
     for seed in seeds:
@@ -129,19 +130,14 @@ def _labels(owner: np.ndarray, truth: dict, height: int, width: int, absolute: b
     centre = truth["centre"][patch]
     offset = np.stack([(centre[..., 0] - columns) / 8, (centre[..., 1] - rows) / 8, centre[..., 2] / 4 - 2], -1)
     inside = (owner[0] > 0).reshape(height // PATCH, PATCH, width // PATCH, PATCH).transpose(0, 2, 1, 3)
-    rows, columns = (np.mgrid[: height // PATCH // 2, : width // PATCH // 2] + 0.5) * 2 * PATCH
-    own = np.stack([columns / width, rows / height], -1) * 2 - 1
-    theirs = truth["centre"][token][..., :2] / (width, height) * 2 - 1
-    known = (token > 0)[..., None]
+    rows, columns = (np.mgrid[: height // CELL, : width // CELL] + 0.5) * CELL
+    origin = (width / 2, height / 2) if absolute else np.stack([columns, rows], -1)
+    place = (truth["centre"][token][..., :2] - origin) / CELL * (token > 0)[..., None]
     kinds, colours = truth["kind"][1:].astype(int), truth["colour"][1:].astype(int)
     everything = np.zeros(KINDS - 1 + len(COLOURS) + len(TEXTURES), np.float32)
     everything[kinds - 1] = 1
     everything[KINDS - 1 + colours - 1] = 1
     everything[KINDS - 1 + len(COLOURS) + truth["texture"]] = 1
-    if absolute:
-        place = np.concatenate([own, np.where(known, theirs, 0)], -1) * 1.5
-    else:
-        place = np.concatenate([0 * own, np.where(known, (theirs - own) * (width, height) / CELL, 0)], -1)
     return {
         "kind": truth["kind"][patch].astype(np.int64).reshape(-1),
         "offset": offset.astype(np.float32).reshape(-1, 3),
@@ -149,8 +145,7 @@ def _labels(owner: np.ndarray, truth: dict, height: int, width: int, absolute: b
         "token_kind": truth["kind"][token].astype(np.int64).reshape(-1),
         "token_colour": truth["colour"][token].astype(np.int64).reshape(-1),
         "token_texture": np.full(token.size, truth["texture"], np.int64),
-        "place": place.astype(np.float32).reshape(-1, 4),
-        "known": np.concatenate([np.ones_like(own), np.repeat(known, 2, -1)], -1).astype(np.float32).reshape(-1, 4),
+        "place": place.astype(np.float32).reshape(-1, 2),
         "all": everything,
     }
 
@@ -192,5 +187,5 @@ def train_vision(student: Student, steps: int, seed: int, rate: float = 4e-3) ->
         if step % 50 == 49:
             log.append({"step": step + 1, "cpu_seconds": time.process_time() - start, **report})
             print({k: round(v, 3) for k, v in log[-1].items()}, flush=True)
-    student.stress_place(batch["place"].shape[-1])
+    student.stress_place()
     return log
