@@ -192,13 +192,17 @@ def ask(
     )
 
 
-def timed_generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Run:
-    """`model.generate(**inputs)`, greedily, with every stage timed; a compressed model's trace must be on."""
+def timed_generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, **options: Any) -> Run:
+    """`model.generate(**inputs)`, greedily unless `options` say otherwise, with every stage timed.
+
+    A compressed model's trace must be on.
+    """
     handle, device = handle_of(model), next(model.parameters()).device
     reset_peak_memory(device)
     with _stages(model) as clock:
         start = clock.now()
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+        settings = {"do_sample": False} | options | {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+        output = model.generate(**inputs, **settings)
         end = clock.now()
     record = None if handle is None else handle.trace.last
     inner, total, signals = (

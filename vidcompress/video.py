@@ -179,11 +179,6 @@ def prepare_inputs(
             the template and the prompt write are not one for each video and image.
         TypeError: an entry of `videos` is not a `Video`.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(
-            f"{type(processor).__name__} has no chat template, which says how videos and text become a prompt; "
-            "set processor.chat_template, or take a processor that brings one"
-        )
     clips = _rows(videos, prompt, "videos")
     pictures = _rows(images, prompt, "images")
     for clip in (clip for row in clips for clip in row):
@@ -191,6 +186,32 @@ def prepare_inputs(
             raise TypeError(f"videos holds a {type(clip).__name__} where a Video is expected; see load_video")
 
     conversations = _conversations([prompt] if isinstance(prompt, str) else prompt, clips, pictures, system)
+    return prepare_conversations(processor, conversations, clips, pictures, return_tensors=return_tensors)
+
+
+def prepare_conversations(
+    processor: Any,
+    conversations: list[list[dict[str, Any]]],
+    clips: list[list[Video]],
+    pictures: list[list[Any]],
+    *,
+    return_tensors: str | None = "pt",
+) -> BatchFeature:
+    """As `prepare_inputs`, of whole conversations: any turns, in any order of text, videos and images.
+
+    Args:
+        conversations: for each row its messages, as chat templates take them; what is shown stands in `content` as
+            `{"type": "video"}` and `{"type": "image"}` without data.
+        clips, pictures: for each row the videos and images, in the order in which its messages show them.
+
+    Raises:
+        ValueError: the processor has no chat template, or a row's messages do not show its videos and images.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, which says how videos and text become a prompt; "
+            "set processor.chat_template, or take a processor that brings one"
+        )
     texts = processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
     _check_placeholders(texts, clips, getattr(processor, "video_token", None), "videos")
     _check_placeholders(texts, pictures, getattr(processor, "image_token", None), "images")

@@ -1,0 +1,1 @@
+"""Programs that vidcompress plugs into."""
