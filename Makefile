@@ -1,6 +1,7 @@
 # make demo        compress a sample clip on this machine (no GPU, no download of a model)
 # make test        the tests, with the versions of constraints.txt; ARGS are handed to pytest
 # make test-oldest the same with the oldest supported transformers
+# make test-lmms-eval  lmms-eval itself, offline, in an environment of its own (5 minutes)
 # make lint        ruff
 # make types       mypy on the installed wheel
 # make check       lint, types, test
@@ -20,7 +21,7 @@ FILES := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint types check tables bench clean
+.PHONY: help demo test test-oldest test-lmms-eval lint types check tables bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -36,6 +37,9 @@ test-oldest: $(VENV_OLDEST)/.installed-dev
 	$(PY_OLDEST) -m pytest -n auto --ignore-glob='*/test_ops*' --ignore-glob='*/test_kernels*' \
 		--ignore-glob='*/test_baseline*' --ignore=tests/test_golden.py --ignore=tests/test_methods.py \
 		--ignore=tests/test_house.py --ignore=tests/test_packaging.py $(ARGS)
+
+test-lmms-eval:
+	PYTHON=$(PYTHON) bash scripts/test_lmms_eval.sh $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
@@ -56,7 +60,7 @@ tables: $(VENV)/.installed-dev
 	$(PY) scripts/make_tables.py
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(VENV_OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) $(VENV_OLDEST) .venv-eval .venv-ray .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamps are newer than the files they depend on, so pip runs again only when one of these has changed.
 $(VENV)/.installed-demo: $(FILES) | $(VENV)/bin/python

@@ -185,6 +185,7 @@ def test_every_requirement_is_pinned(wheel: Path) -> None:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = HeaderParser().parsestr(archive.read(name).decode())
     pins, oldest = pinned("constraints.txt"), pinned("constraints-oldest.txt")
+    assert set(pinned("constraints-eval.txt")) < set(pins), "a line of constraints-eval.txt replaces one"
     wanted = {normal(re.match(r"[\w.-]+", line)[0]) for line in metadata.get_all("Requires-Dist")} - {NAME}
     assert wanted - set(pins) == set()
     assert set(oldest) < set(pins), "a line of constraints-oldest.txt replaces one of constraints.txt"

@@ -18,7 +18,7 @@ from rich.console import Console
 from vidcompress.compat import ensure_torchvision, require
 from vidcompress.costs import DECODED, FORMULAS, Estimate, dimensions, estimate
 from vidcompress.method import DEPTH, Pipeline
-from vidcompress.tables import ABSENT, Rows, backbone_rows, method_rows, result_rows, rich_table
+from vidcompress.tables import ABSENT, Rows, backbone_rows, markdown, method_rows, result_rows, rich_table
 
 app = typer.Typer(
     help="Training-free compression of video tokens in Hugging Face video-LLMs.",
@@ -269,6 +269,40 @@ def evaluate(
     for ratio in tables.ratios(results):
         out.print(rich_table(tables.type_rows(results, ratio), f"by type of question, % at {ratio:.0%}"))
         out.print(rich_table(tables.cost_rows(results, ratio), f"cost at {ratio:.0%}"))
+
+
+@app.command()
+def table(
+    paper: Annotated[str, typer.Option(help="infomerge, unified or hieravid.")],
+    results: Annotated[Path | None, typer.Option(help="Folder of lmms-eval's --output_path, searched through.")] = None,
+    only: Annotated[str | None, typer.Option(help="Numbers of tables, by comma, such as 1,S2.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead.")] = False,
+) -> None:
+    """A paper's tables, printed numbers beside those measured with lmms-eval --model vidcompress."""
+    from vidcompress.papers import published, show
+    from vidcompress.papers.compare import compare
+    from vidcompress.papers.measured import read_results
+
+    if as_json and as_markdown:
+        raise ValueError("give --json or --markdown, not both")
+    chosen = published.only(published.paper(paper), None if only is None else only.split(","))
+    measured, left_out = ([], []) if results is None else read_results(results)
+    compared = compare(chosen, measured)
+    left_out += show.unused(measured, compared)
+    if as_json:
+        print(json.dumps(show.to_dict(chosen, compared, left_out), indent=1))
+        return
+    for one, lines in compared:
+        rows, title = show.table_rows(one, lines), show.title_of(chosen, one)
+        if as_markdown:
+            print(f"**{title}**\n\n{markdown(rows)}\n")
+        else:
+            out.print(rich_table(rows, title))
+        for note in show.notes_of(one, lines):
+            print(f"- {note}")
+    for reason in left_out:
+        err.print(f"left out: {reason}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -129,7 +129,8 @@ class VidCompress(lmms):
 
     # -- answering ---------------------------------------------------------------------------------------------------
     def _answer_all(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        start, keys, fresh = time.perf_counter(), [], 0
+        keys: list[str] = []
+        start, fresh = time.perf_counter(), 0
         bar = tqdm(total=len(requests), desc="vidcompress", disable=self.rank != 0)
         for batch in self._batches(requests, keys):
             fresh += len(batch)
