@@ -5,7 +5,7 @@
 # make lint        ruff
 # make types       mypy on the installed wheel
 # make check       lint, types, test
-# make tables      the generated tables of README.md
+# make tables      what is generated: tables of README.md, scripts/reproduce
 # make bench       times of all methods at the size of LLaVA-OneVision-7B
 #
 # Variables: PYTHON (3.11 or newer, default python3), VENV (.venv), VENV_OLDEST (.venv-oldest), ARGS.
@@ -58,6 +58,7 @@ bench: $(VENV)/.installed-dev
 
 tables: $(VENV)/.installed-dev
 	$(PY) scripts/make_tables.py
+	$(PY) scripts/make_reproduce.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) $(VENV_OLDEST) .venv-eval .venv-ray .mypy_cache .pytest_cache .ruff_cache .hypothesis

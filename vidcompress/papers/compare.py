@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from vidcompress.config import load
 from vidcompress.costs import MODELS
 from vidcompress.integrations.settings import methods_of
 from vidcompress.papers.columns import COLUMNS
 from vidcompress.papers.measured import Measured, means
-from vidcompress.papers.published import Paper, Row, Table
+from vidcompress.papers.published import Paper, Row, Table, compression_of
 
 FREE = frozenset({"siglip_head"})
 """Settings that do not tell runs apart: where a file lies."""
@@ -83,8 +82,7 @@ def _sources(table: Table, row: Row, measured: Sequence[Measured]) -> dict[str, 
     """By task the newest run that is the row's; of a task in parts all of them, or none."""
     if row.run is None:
         return {}
-    given = dict(row.run)
-    wanted = methods_of(load(given.pop("compression"), **given) if given else None)
+    wanted = methods_of(compression_of(row.run))
     own = [run for run in measured if _is(run, table.model, row.frames, wanted)]
     parts = {column.task: column.parts for column in COLUMNS.values() if column.task}
     found: dict[str, list[Measured]] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from vidcompress.config import read_yaml
-from vidcompress.method import did_you_mean
+from vidcompress.config import load, read_yaml
+from vidcompress.integrations.settings import methods_of
+from vidcompress.method import Method, Pipeline, did_you_mean
 from vidcompress.papers.columns import tasks_of
 
 PAPERS = ("infomerge", "unified", "hieravid")
@@ -136,14 +138,22 @@ UNSAID = 32
 
 
 def jobs(of: Paper) -> list[Job]:
-    """Every run that fills a row of the paper, each once, in the order of the tables."""
+    """Every run that fills a row of the paper, each once, in the order of the tables.
+
+    Rows that mean the same settings, however they are written, share a run.
+    """
     found: dict[str, Job] = {}
     for table in of.tables:
         for row in table.rows:
             if row.run is None:
                 continue
             job = Job(table.model, row.frames or UNSAID, row.run, [], [])
-            job = found.setdefault(job.name, job)
+            job = found.setdefault(json.dumps([job.model, job.frames, methods_of(compression_of(row.run))]), job)
             job.rows.append((table, row))
             job.tasks.extend(task for task in table.tasks if task not in job.tasks)
     return list(found.values())
+
+
+def compression_of(run: dict[str, Any]) -> Method | Pipeline | None:
+    """What a row's `run` means; None for the plain model."""
+    return load(run["compression"], **{k: v for k, v in run.items() if k != "compression"}) if run else None
