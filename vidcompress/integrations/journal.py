@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ class Journal:
         self.answers: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             self.answers |= {entry["key"]: entry for entry in _entries(path)}
-        own = self.folder / f"answers-{rank}.jsonl"
-        _cut_off_half_a_line(own)
-        self._file = own.open("a", encoding="utf-8")
+        self._own = self.folder / f"answers-{rank}.jsonl"
+        _cut_off_half_a_line(self._own)
+        self._file = self._own.open("a", encoding="utf-8")
 
     def _claim(self, facts: dict[str, Any]) -> None:
         path = self.folder / RUN
@@ -67,6 +68,17 @@ class Journal:
         self._file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Forgets entries, those of every process, so that they are asked again. No other process may be writing."""
+        self._file.close()
+        for path in sorted(self.folder.glob("answers-*.jsonl")):
+            kept = [entry for entry in _entries(path) if not unwanted(entry)]
+            fresh = path.with_suffix(".fresh")
+            fresh.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(fresh, path)
+        self.answers = {key: entry for key, entry in self.answers.items() if not unwanted(entry)}
+        self._file = self._own.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file of this process."""
