@@ -20,6 +20,7 @@ from transformers import AutoProcessor
 import vidcompress
 from vidcompress.demo import make_checkpoint, make_clip
 from vidcompress.measure import ask
+from vidcompress.papers.measured import means, read_results
 
 TASK = Path(__file__).parent / "task"
 FRAMES = 8
@@ -119,6 +120,16 @@ def test_one_process_answers_as_the_library_does(runs, single, checkpoint):
     throughput = results["throughput"]
     assert throughput["avg_prefill_ms"] > 0 and throughput["avg_answered_now"] == DOCUMENTS
     assert throughput["avg_tokens_after"] == throughput["avg_tokens_before"] / 4
+
+
+def test_the_table_reads_what_lmms_eval_wrote(runs, single):
+    (found,), left_out = read_results(runs.folder / "single")
+    assert not left_out and found.task == "vidcompress_clips" and found.asked == found.available == DOCUMENTS
+    assert found.metrics["answered"] == sum(map(bool, single)) / DOCUMENTS
+    assert found.facts["pretrained"] == str(runs.checkpoint) and found.facts["max_num_frames"] == FRAMES
+    took = means(found.samples)
+    assert took["tokens_before"] == 4 * took["tokens_after"] and took["pixels"] == 112 * 112
+    assert took["llm_generate_ms"] > took["llm_prefill_ms"] > took["prefill_ms"] > 0 < took["tokens_per_second"]
 
 
 def test_two_processes_share_the_questions(runs, single):

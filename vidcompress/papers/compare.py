@@ -9,10 +9,9 @@ from pathlib import PurePath
 from typing import Any
 
 from vidcompress.costs import MODELS
-from vidcompress.integrations.settings import methods_of
 from vidcompress.papers.columns import COLUMNS
 from vidcompress.papers.measured import Measured, means
-from vidcompress.papers.published import Paper, Row, Table, compression_of
+from vidcompress.papers.published import Paper, Row, Table, methods_of_run
 
 FREE = frozenset({"siglip_head"})
 """Settings that do not tell runs apart: where a file lies."""
@@ -80,10 +79,7 @@ def _lines(table: Table, measured: Sequence[Measured]) -> list[Line]:
 
 def _sources(table: Table, row: Row, measured: Sequence[Measured]) -> dict[str, list[Measured]]:
     """By task the newest run that is the row's; of a task in parts all of them, or none."""
-    if row.run is None:
-        return {}
-    wanted = methods_of(compression_of(row.run))
-    own = [run for run in measured if _is(run, table.model, row.frames, wanted)]
+    own = [run for run in measured if row.run is not None and _is(run, table.model, row.frames, row.run)]
     parts = {column.task: column.parts for column in COLUMNS.values() if column.task}
     found: dict[str, list[Measured]] = {}
     for task in table.tasks:
@@ -96,15 +92,14 @@ def _sources(table: Table, row: Row, measured: Sequence[Measured]) -> dict[str, 
     return found
 
 
-def _is(run: Measured, model: str, frames: int | None, wanted: list[dict[str, Any]]) -> bool:
+def _is(run: Measured, model: str, frames: int | None, wanted: dict[str, Any]) -> bool:
     hub = MODELS[model].hub
     assert hub is not None
-    same = PurePath(str(run.facts["pretrained"])).name.lower() == hub.rpartition("/")[2].lower()
     return (
-        same
+        PurePath(str(run.facts["pretrained"])).name.lower() == hub.rpartition("/")[2].lower()
         and run.facts["fps"] is None
         and (frames is None or run.facts["max_num_frames"] == frames)
-        and _comparable(run.facts["compression"]) == _comparable(wanted)
+        and _comparable(run.facts["compression"]) == _comparable(methods_of_run(wanted))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from vidcompress.config import load, read_yaml
 from vidcompress.integrations.settings import methods_of
-from vidcompress.method import Method, Pipeline, did_you_mean
+from vidcompress.method import did_you_mean
 from vidcompress.papers.columns import tasks_of
 
 PAPERS = ("infomerge", "unified", "hieravid")
@@ -71,8 +72,9 @@ class Paper:
     tables: list[Table]
 
 
+@functools.cache
 def paper(name: str) -> Paper:
-    """Reads a paper's tables.
+    """A paper's tables, read once.
 
     Raises ValueError for an unknown paper, and a YAML that does not hold together.
     """
@@ -148,12 +150,18 @@ def jobs(of: Paper) -> list[Job]:
             if row.run is None:
                 continue
             job = Job(table.model, row.frames or UNSAID, row.run, [], [])
-            job = found.setdefault(json.dumps([job.model, job.frames, methods_of(compression_of(row.run))]), job)
+            job = found.setdefault(json.dumps([job.model, job.frames, methods_of_run(row.run)]), job)
             job.rows.append((table, row))
             job.tasks.extend(task for task in table.tasks if task not in job.tasks)
     return list(found.values())
 
 
-def compression_of(run: dict[str, Any]) -> Method | Pipeline | None:
-    """What a row's `run` means; None for the plain model."""
-    return load(run["compression"], **{k: v for k, v in run.items() if k != "compression"}) if run else None
+def methods_of_run(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a row's `run` means: name and every field of every method; empty for the plain model."""
+    return json.loads(_methods(json.dumps(run)))
+
+
+@functools.cache
+def _methods(run: str) -> str:
+    given = json.loads(run)
+    return json.dumps(methods_of(load(given.pop("compression"), **given) if given else None))
