@@ -75,7 +75,9 @@ def stems(folder: str) -> list[str]:
 
 def source_files() -> set[str]:
     """Every file that belongs in a wheel, by its path inside the wheel, as the folders of the repository say."""
-    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "vidcompress").rglob("*.py")}
+    package = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "vidcompress").rglob("*") if p.suffix in (".py", ".yaml")
+    }
     added = [*ROOT.glob("patches/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("configs/*.yaml")]
     return package | {f"vidcompress/{p.relative_to(ROOT).as_posix()}" for p in added} | {"vidcompress/py.typed"}
 
@@ -174,6 +176,7 @@ def test_metadata(wheel: Path, checkout: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0" and "Apache License" in licence
     assert metadata["Requires-Python"] == ">=3.10"
     assert "vidcompress = vidcompress.cli:main" in entry_points
+    assert "[lmms_eval.models]\nvidcompress = vidcompress.integrations.lmms_eval:manifests" in entry_points
     assert set(metadata.get_all("Provides-Extra")) == {"video", "cli", "viz", "eval", "triton", "dev", "all"}
     version = python("import vidcompress; print(vidcompress.__version__)", path=checkout).strip()
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
