@@ -1,4 +1,4 @@
-"""`vidcompress run | list | show | flops | demo`. Needs the extra [cli]; `run` and `demo` need [video] too."""
+"""`vidcompress run | report | list | show | flops | bench | demo`. Needs [cli]; `run` and `demo` need [video] too."""
 
 from __future__ import annotations
 

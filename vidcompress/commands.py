@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,6 +83,54 @@ def run(
         out.print(rich_table(result_rows(results)))
     if save_trace is not None:
         handle.trace.save(save_trace)
+
+
+@app.command()
+def report(
+    video: Annotated[str, typer.Argument(help="Path or URL of a video.")],
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint: folder or hub id. Default: the demo's.")] = None,
+    compression: Annotated[
+        str, typer.Option(help="Methods by comma, each with its ratio: infomerge@0.1,infomerge@0.02; or YAML files.")
+    ] = "infomerge",
+    retention_ratio: Annotated[float | None, typer.Option(help="For methods without @ratio, in (0, 1].")] = None,
+    siglip_head: Annotated[str | None, typer.Option(help="SigLIP checkpoint: folder, file, hub id, none.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames, evenly spaced. Default: up to 32.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, instead of --num-frames.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto. Default: a GPU if any.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    attn: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output: Annotated[Path, typer.Option("--out", help="The page, one HTML file.")] = Path("report.html"),
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="Also a picture for papers: .png, .webp, .pdf or .svg.")
+    ] = None,
+) -> None:
+    """A page that shows what became of every token, and the answers with and without compression."""
+    require("video", "av", "torchvision")
+    require("viz", "jinja2", "matplotlib", "PIL")
+    from vidcompress.report import choose, collect, write_page, write_picture
+    from vidcompress.report.output import check_outputs
+
+    choices = choose(compression, retention_ratio, siglip_head)
+    check_outputs(output, picture)
+    options = _loading_options(device, dtype, attn)
+    clip, seconds = _decode(video, num_frames, fps)
+    about: dict[str, Any] = {"decode_seconds": seconds, "max_new_tokens": max_new_tokens}
+    with _demo_checkpoint() if model is None else contextlib.nullcontext(Path(model)) as folder:
+        if model is None:
+            about |= {"note": "The weights are random: the answers mean nothing; token counts and times are real."}
+            choices = choose(compression, retention_ratio, siglip_head or str(folder / "siglip"))
+        network, processor = _load_model(model or str(folder), options)
+        name = Path(model or folder).name
+        found = collect(network, processor, clip, prompt, choices, name=name, status=err.status, **about)
+    with err.status("drawing"):
+        sizes = {output: write_page(found, output)} | ({picture: write_picture(found, picture)} if picture else {})
+    for side in found.sides:
+        kept = f"{side.result.tokens_after} of {side.result.tokens_before} video tokens"
+        out.print(f"{side.letter} {side.label}: {kept}; {side.result.answer!r}", markup=False)
+    for path, size in sizes.items():
+        out.print(f"{path}: {size / 1e6:.2f} MB", markup=False)
 
 
 @app.command("list")
@@ -316,6 +366,18 @@ def demo(
     from vidcompress.demo import run_demo
 
     run_demo(out, folder, retention_ratio)
+
+
+@contextlib.contextmanager
+def _demo_checkpoint() -> Iterator[Path]:
+    """The demo's checkpoint, as long as it is needed."""
+    ensure_torchvision()
+    from vidcompress.demo import make_checkpoint, quiet
+
+    with tempfile.TemporaryDirectory() as temporary, quiet():
+        with err.status("making a tiny checkpoint"):
+            folder = make_checkpoint(Path(temporary) / "tiny-llava-onevision")
+        yield folder
 
 
 def _load_compression(name: str, retention_ratio: float | None) -> Any:

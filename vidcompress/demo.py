@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +33,29 @@ def make_clip(path: Path, seed: int = SEED) -> Path:
     return path
 
 
-def run_demo(console: Console, folder: Path | None, retention_ratio: float) -> None:
-    """Makes a clip, asks the tiny model about it with and without compression, and prints answers and costs."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which are longer than what they stand for."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def run_demo(console: Console, folder: Path | None, retention_ratio: float) -> None:
+    """Makes a clip, asks the tiny model about it with and without compression, and prints answers and costs."""
+    with quiet():
         if folder is None:
             with tempfile.TemporaryDirectory() as temporary:
                 _tour(console, Path(temporary), retention_ratio)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _tour(console, folder, retention_ratio)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _tour(console: Console, folder: Path, retention_ratio: float) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 from vidcompress.tokens import Grid, Reduction, Site
 
+SPANS = ("segments", "windows", "scenes")
+"""Notes under which a method records runs of frames, by what its paper calls them."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -34,6 +37,12 @@ class Step:
     newlines: int
     seconds: float
     reduction: Reduction
+
+    @property
+    def spans(self) -> list[tuple[int, int]] | None:
+        """Runs of the grid's frames [first, behind the last) that the method told apart; None where it noted none."""
+        found = next((self.reduction.notes[name] for name in SPANS if name in self.reduction.notes), None)
+        return None if found is None else [(int(start), int(end)) for start, end in found]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `kept`, `merge` and `notes` come from the reduction."""
