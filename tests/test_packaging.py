@@ -75,11 +75,10 @@ def stems(folder: str) -> list[str]:
 
 def source_files() -> set[str]:
     """Every file that belongs in a wheel, by its path inside the wheel, as the folders of the repository say."""
-    package = {
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "vidcompress").rglob("*") if p.suffix in (".py", ".yaml")
-    }
+    found = [p for p in (ROOT / "vidcompress").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    package = {p.relative_to(ROOT).as_posix() for p in found}
     added = [*ROOT.glob("patches/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("configs/*.yaml")]
-    return package | {f"vidcompress/{p.relative_to(ROOT).as_posix()}" for p in added} | {"vidcompress/py.typed"}
+    return package | {f"vidcompress/{p.relative_to(ROOT).as_posix()}" for p in added}
 
 
 def contents(wheel: Path) -> set[str]:

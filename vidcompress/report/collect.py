@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from vidcompress.config import load
+from vidcompress.config import list_presets, load
 from vidcompress.method import Method, Pipeline
 from vidcompress.report.frames import Field, field_of
 from vidcompress.report.tokens import TokenMap
@@ -93,7 +94,7 @@ def choose(text: str, retention_ratio: float | None = None, siglip_head: str | N
     """The compressions of "infomerge@0.1,infomerge@0.02,two.yaml": names, presets and YAML files, by comma.
 
     Args:
-        retention_ratio: for those without an `@ratio` of their own, files excepted.
+        retention_ratio: for methods without an `@ratio`; presets and files bring their own.
         siglip_head: for all methods that take one and name none.
 
     Raises ValueError for an unknown method, a ratio that is none, or more than six of them.
@@ -109,10 +110,10 @@ def choose(text: str, retention_ratio: float | None = None, siglip_head: str | N
 
 def _choice(word: str, retention_ratio: float | None, siglip_head: str | None) -> Choice:
     name, at, ratio = word.partition("@")
-    is_file = word.endswith((".yaml", ".yml"))
     if name == "none":
         raise ValueError("'none' is no compression; the answer without any is always shown beside the others")
-    if is_file:
+    fixed = word.endswith((".yaml", ".yml")) or word in list_presets()
+    if fixed:
         method = load(word)
     elif at:
         try:
@@ -125,8 +126,10 @@ def _choice(word: str, retention_ratio: float | None, siglip_head: str | None) -
     if siglip_head is not None:
         parts = [_with_head(m, siglip_head) for m in Pipeline.of(method)]
         method = load(parts[0] if isinstance(method, Method) else parts)
-    label = f"{method.name} @ {method.retention_ratio:g}" if isinstance(method, Method) else method.name
-    return Choice(label, method)
+    if fixed:
+        return Choice(Path(word).stem, method)
+    assert isinstance(method, Method)
+    return Choice(f"{method.name} @ {method.retention_ratio:g}", method)
 
 
 def _with_head(method: Method, source: str) -> Any:

@@ -1,4 +1,4 @@
-"""Tokens as SVG paths, in units of a token, and lengths of the sequence as steps over layers."""
+"""Tokens as SVG paths, in units of a token; lengths over layers, equal ones together."""
 
 from __future__ import annotations
 
@@ -24,11 +24,6 @@ def overlay(tokens: TokenMap, row: int) -> list[tuple[int, int, str]]:
             spans = [(xs[0], len(xs))] if key[0] == 0 else [(x, 1) for x in xs]
             paths.setdefault(key, []).extend(f"M{x} {y}h{n}v1h-{n}z" for x, n in spans)
     return [(*key, "".join(parts)) for key, parts in sorted(paths.items())]
-
-
-def steps(lengths: Sequence[int], top: int) -> str:
-    """The path of a line over layers, a unit wide each; the axis points up from y = `top`."""
-    return f"M0 {top - lengths[0]}" + "".join(f"V{top - n}h1" for n in lengths)
 
 
 def runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -11,8 +11,9 @@ def check_outputs(page: Path, picture: Path | None) -> None:
     """Tries both paths, leaving what is there as it is.
 
     Raises:
-        ValueError: the picture's name does not say a known format, or both paths are the same.
-        OSError: a folder is missing, a path is a folder, or it cannot be written.
+        ValueError: a folder is missing, a path is a folder, both are the same, or the picture's name does not say a
+            known format.
+        OSError: a path cannot be written.
     """
     _try("--out", page)
     if picture is None:
@@ -25,14 +26,14 @@ def check_outputs(page: Path, picture: Path | None) -> None:
 
 
 def _try(option: str, path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {path} is a folder; accepted: the name of a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
-    new = not path.exists()
     try:
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder; accepted: the name of a file")
+        if not path.parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+        new = not path.exists()
         path.open("ab").close()
+        if new:
+            path.unlink()
     except OSError as error:
         raise type(error)(f"{option} {path} cannot be written: {error.strerror}") from error
-    if new:
-        path.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 
 import vidcompress
 from vidcompress.compat import require
-from vidcompress.report import drawing
 from vidcompress.report.collect import Report, Side
+from vidcompress.report.drawing import overlay, runs
 from vidcompress.report.frames import frames_of, thumbnails
 from vidcompress.report.tokens import FATES, TokenMap
 from vidcompress.tables import RESULT
@@ -62,6 +63,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "pictures": pictures,
         "box": box,
         "scale": (box[2] / w, box[3] / h),
+        "hatch": max(w0, h0) / 360,
         "rows": rows,
         "strip": sorted({i * len(rows) // STRIP + len(rows) // (2 * STRIP) for i in range(STRIP)}),
         "ticks": _ticks([row["when"] or row["title"] for row in rows]),
@@ -100,12 +102,12 @@ def _side(side: Side) -> dict[str, Any]:
         "record": side.record,
         "last": last,
         "stages": stages,
-        "overlays": [drawing.overlay(tokens, row) for row in range(tokens.grid[0])],
+        "overlays": [overlay(tokens, row) for row in range(tokens.grid[0])],
         "counts": tokens.counts(last).tolist(),
         "total": dict(zip(FATES, tokens.counts(last).sum(0).tolist(), strict=True)),
         "timeline": timeline,
         "lengths": lengths,
-        "runs": drawing.runs(lengths),
+        "runs": runs(lengths),
         "table": _stage_table(side.record, tokens),
     }
 
@@ -186,15 +188,15 @@ def _data(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _packed(values: Tensor) -> str:
-    """Little-endian bytes in base64."""
+    """Little-endian bytes, deflated, in base64."""
     array = values.numpy()
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+    return base64.b64encode(zlib.compress(array.astype(array.dtype.newbyteorder("<")).tobytes(), 9)).decode()
 
 
 def _index(values: Tensor, wide: bool) -> str:
-    return _packed(values.to(torch.uint32 if wide else torch.uint16))
+    return _packed(values.to(torch.int32 if wide else torch.uint16))
 
 
 def _weights(values: Tensor) -> str:
     """bfloat16: the upper halves of float32."""
-    return _packed(values.bfloat16().view(torch.uint16))
+    return _packed(values.bfloat16().view(torch.int16))

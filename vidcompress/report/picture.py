@@ -53,7 +53,7 @@ def draw(report: Report) -> Figure:
     height, width = report.video.frames.shape[1:3]
     wide = 9.6 / len(columns)
     tall = min(wide * height / width, 3.2)
-    heights = [0.62, *(h for _ in report.sides for h in (0.6, tall, 0.55)), 0.45]
+    heights = [0.62, *(h for _ in report.sides for h in (0.68, tall, 0.55)), 0.45]
     figure = Figure(figsize=(10, sum(heights) + 0.2))
     outer = figure.add_gridspec(len(heights), 1, height_ratios=heights, left=0.02, right=0.98, top=0.985, bottom=0.02)
     _heading(figure.add_subplot(outer[0]), report)
@@ -94,10 +94,10 @@ def _title(axes: Any, report: Report, side: Side) -> None:
     kept, of = int(side.tokens.counts(len(side.tokens.stages))[:, 0].sum()), side.result.tokens_before
     cache = (side.result.kv_cache_mb, report.plain.kv_cache_mb)
     memory = "" if None in cache else f", KV cache {cache[0]:.3g} of {cache[1]:.3g} MB"
-    axes.text(0, 0.66, f"{side.letter}  {side.label}", fontsize=11, weight="bold", color=INK, va="center")
-    axes.text(1, 0.66, f"{kept:,} of {of:,} tokens{memory}", fontsize=9.5, color=INK, va="center", ha="right")
+    axes.text(0, 0.55, f"{side.letter}  {side.label}", fontsize=11, weight="bold", color=INK, va="center")
+    axes.text(1, 0.55, f"{kept:,} of {of:,} tokens{memory}", fontsize=9.5, color=INK, va="center", ha="right")
     answer = _shortened(side.result.answer, 110) or "(an empty answer)"
-    axes.text(0, 0.2, f"\u201c{answer}\u201d", fontsize=9, style="italic", color=INK, va="center")
+    axes.text(0, 0.13, f"\u201c{answer}\u201d", fontsize=9, style="italic", color=INK, va="center")
 
 
 def _frame(axes: Any, report: Report, side: Side, row: int, frame: int) -> None:

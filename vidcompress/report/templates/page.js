@@ -1,5 +1,5 @@
 "use strict";
-(() => {
+(async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const [T, H, W] = data.grid, P = H * W, N = T * P;
   const [left, top, width, height] = data.field;
@@ -7,20 +7,25 @@
   const told = document.getElementById("told");
   const SVG = "http://www.w3.org/2000/svg";
 
-  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const indices = (text) => new (data.wide ? Uint32Array : Uint16Array)(bytes(text).buffer);
-  const weights = (text) => new Float32Array(Uint32Array.from(new Uint16Array(bytes(text).buffer), (x) => x << 16).buffer);
+  if (!("DecompressionStream" in window)) return; // the page is whole without: no token can be pointed at
+
+  async function bytes(text) {
+    const packed = new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]);
+    return new Response(packed.stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
+  }
+  const indices = async (text) => new (data.wide ? Uint32Array : Uint16Array)(await bytes(text));
+  const weights = async (text) => new Float32Array(Uint32Array.from(new Uint16Array(await bytes(text)), (x) => x << 16).buffer);
 
   // -- what the trace says ------------------------------------------------------------------------------------------
-  const sides = data.sides.map((side, number) => {
-    const merges = side.merges.map(([survivor, source, weight]) => {
-      const stage = { survivor: indices(survivor), source: indices(source), weight: weights(weight), first: new Map() };
-      stage.survivor.forEach((token, i) => { if (!stage.first.has(token)) stage.first.set(token, i); });
-      return stage;
-    });
-    return { ...side, number, merges, place: bytes(side.place), content: bytes(side.content), stage: side.stages.length,
-      token: 0, carriers: null, frames: [] };
-  });
+  async function mergeOf([survivor, source, weight]) {
+    const merge = { survivor: await indices(survivor), source: await indices(source), weight: await weights(weight), first: new Map() };
+    merge.survivor.forEach((token, i) => { if (!merge.first.has(token)) merge.first.set(token, i); });
+    return merge;
+  }
+  const sides = await Promise.all(data.sides.map(async (side, number) => ({
+    ...side, number, merges: await Promise.all(side.merges.map(mergeOf)), place: new Uint8Array(await bytes(side.place)),
+    content: new Uint8Array(await bytes(side.content)), stage: side.stages.length, token: 0, carriers: null, frames: [],
+  })));
   const fateAt = (place, content, stage) => stage === 0 ? -1 : (place < stage) + (content < stage);
   const fate = (side, token) => fateAt(side.place[token], side.content[token], side.stage);
 
@@ -201,4 +206,5 @@
     hide();
     document.querySelectorAll("details").forEach((part) => { part.open = true; });
   });
+  document.documentElement.dataset.ready = "";
 })();
