@@ -17,7 +17,7 @@ from vidcompress.compat import ensure_torchvision
 from vidcompress.tables import Rows, backbone_rows, markdown, method_rows
 
 ROOT = Path(__file__).parent.parent
-README, EVALUATION = ROOT / "README.md", ROOT / "docs" / "evaluation.md"
+README, EVALUATION = ROOT / "README.md", ROOT / "docs/evaluation.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 OFFICIAL = {

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoint import TEMPLATE, make_checkpoint, make_clip
 from lmms_stub import Request
 
 from vidcompress.answering import Question, answer
-from vidcompress.demo import TEMPLATE, make_checkpoint, make_clip
 from vidcompress.integrations.asking import cut, draft_of, generation_of
 from vidcompress.integrations.journal import Journal, key_of
 from vidcompress.integrations.processes import Process

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoint import make_clip
 from report_samples import result, sample, side, step, steps_of
 from tiny import compress, llava, llava_inputs
 from torch import Tensor
 
 from vidcompress.cli import main
 from vidcompress.config import load
-from vidcompress.demo import make_clip
 from vidcompress.method import Pipeline
 from vidcompress.report import Side, TokenMap, choose, collect, render, write_picture
 from vidcompress.report import page as pages
@@ -383,7 +383,7 @@ def test_the_command(vidcompress, tmp_path) -> None:
     )  # fmt: skip
     assert code == 0, err
     html = page.read_text(encoding="utf-8")
-    assert "What &lt;b&gt;moves&lt;/b&gt;?" in html and "weights are random" in html
+    assert "What &lt;b&gt;moves&lt;/b&gt;?" in html and "understands nothing" in html
     frames = frames_in(html)
     assert sum(frames[0, row]["k"] for row in range(4)) == 12 and "12 of 64" in " ".join(out.split())
     assert all(frames[2, row] == frames[2, 0] and frames[2, row]["counted k"] == 16 for row in range(4))

@@ -1,4 +1,4 @@
-"""`vidcompress run | report | list | show | flops | bench | demo`. Needs [cli]; `run` and `demo` need [video] too."""
+"""`vidcompress run | report | list | show | flops | bench | eval | table | demo`. Needs the extra [cli]."""
 
 from __future__ import annotations
 

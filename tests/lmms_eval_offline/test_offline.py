@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint import make_checkpoint, make_clip
 from transformers import AutoProcessor
 
 import vidcompress
-from vidcompress.demo import make_checkpoint, make_clip
 from vidcompress.measure import ask
 from vidcompress.papers.measured import means, read_results
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint import make_checkpoint, make_clip
 from pyarrow import parquet
 from transformers import AutoProcessor
 
 import vidcompress
-from vidcompress.demo import make_checkpoint, make_clip
 from vidcompress.measure import ask
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_batch.py"

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint import make_checkpoint
 from report_samples import sample
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from vidcompress.demo import make_checkpoint, quiet
+from vidcompress.demo import quiet
 from vidcompress.report import Report, choose, collect, write_page
 from vidcompress.report.frames import Field
 from vidcompress.video import load_video
