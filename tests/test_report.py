@@ -385,8 +385,8 @@ def test_the_command(vidcompress, tmp_path) -> None:
     html = page.read_text(encoding="utf-8")
     assert "What &lt;b&gt;moves&lt;/b&gt;?" in html and "understands nothing" in html
     frames = frames_in(html)
-    assert sum(frames[0, row]["k"] for row in range(4)) == 12 and "12 of 64" in " ".join(out.split())
-    assert all(frames[2, row] == frames[2, 0] and frames[2, row]["counted k"] == 16 for row in range(4))
+    assert sum(frames[0, row]["k"] for row in range(4)) == 28 and "28 of 144" in " ".join(out.split())
+    assert all(frames[2, row] == frames[2, 0] and frames[2, row]["counted k"] == 36 for row in range(4))
     assert picture.read_bytes()[8:12] == b"WEBP"
 
 

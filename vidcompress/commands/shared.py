@@ -20,6 +20,7 @@ out, err = Console(), Console(stderr=True)
 
 
 def load_compression(name: str, retention_ratio: float | None) -> Any:
+    """The compression of that name, at that ratio if one was typed."""
     from vidcompress.config import load
 
     return load(name, **({} if retention_ratio is None else {"retention_ratio": retention_ratio}))
@@ -37,6 +38,7 @@ def sides_of(grid: str) -> tuple[int, int, int]:
 
 
 def decode(video: str, num_frames: int | None, fps: float | None) -> tuple[Any, float]:
+    """The clip, and the seconds that reading it took."""
     from vidcompress.video import load_video
 
     start = time.perf_counter()
@@ -60,6 +62,7 @@ def loading_options(device: str | None, dtype: str, attn: str | None) -> dict[st
 
 
 def load_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and processor; ValueError for a backbone that is not supported, before its weights are read."""
     ensure_torchvision()
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
