@@ -322,6 +322,10 @@ def test_a_process_of_several_keeps_its_place(plugin, checkpoint, clips, tmp_pat
     assert (tmp_path / "answers-3.jsonl").read_text().count("\n") == 1
     with pytest.raises(ValueError, match="device_map='auto': 4 processes would share the GPUs"):
         load(plugin, checkpoint, device_map="auto")
+    # What may fail in one process alone must not leave the others waiting.
+    monkeypatch.setattr(plugin[0].VidCompress, "_start", lambda self, settings: 1 / 0)
+    with pytest.raises(SystemExit):
+        load(plugin, checkpoint)
 
 
 def test_a_checkpoint_without_processor_is_refused_before_its_weights(plugin, tmp_path):

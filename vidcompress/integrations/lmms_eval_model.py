@@ -69,10 +69,11 @@ class VidCompress(lmms):
         self.settings, self.facts = settings, settings.facts()
         self._rank, self._world_size = process.rank, process.world_size
         self._device = torch.device(process.device(settings.device))
-        self._journal = None if settings.record is None else Journal(settings.record, self.facts, process.rank)
         self._answers: dict[str, dict[str, Any]] = {}
         self._load = functools.lru_cache(maxsize=2)(self._decode)  # neighbouring questions share their video
-        self._start(settings)
+        with _heard(process.world_size):
+            self._journal = None if settings.record is None else Journal(settings.record, self.facts, process.rank)
+            self._start(settings)
 
     def _start(self, settings: Settings) -> None:
         ensure_torchvision()
@@ -117,15 +118,10 @@ class VidCompress(lmms):
         """Answers every request, in order.
 
         An error ends the run: alone by a RuntimeError that names the task and the document, among several processes by
-        ending this one, because lmms-eval would catch the error, and the others would wait for an answer for ever.
+        ending this one.
         """
-        try:
+        with _heard(self.world_size):
             return self._answer_all(requests)
-        except Exception:
-            if self.world_size == 1:
-                raise
-            traceback.print_exc()
-            sys.exit(1)
 
     # -- answering ---------------------------------------------------------------------------------------------------
     def _answer_all(self, requests: Sequence[Any]) -> list[GenerationResult]:
@@ -225,6 +221,18 @@ class VidCompress(lmms):
 def _where(request: Any) -> str:
     """A request, or one that was read, for a message."""
     return request.where if isinstance(request, Asked) else f"task {request.args[4]}, document {request.args[3]}"
+
+
+@contextmanager
+def _heard(processes: int) -> Iterator[None]:
+    """Among several processes an error ends its own: lmms-eval would catch it, and the others wait for ever."""
+    try:
+        yield
+    except Exception:
+        if processes == 1:
+            raise
+        traceback.print_exc()
+        sys.exit(1)
 
 
 @contextmanager
