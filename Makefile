@@ -2,6 +2,7 @@
 # make test        the tests, with the versions of constraints.txt; ARGS are handed to pytest
 # make test-oldest the same with the oldest supported transformers
 # make test-lmms-eval  lmms-eval itself, offline, in an environment of its own (5 minutes)
+# make test-report the pages of `vidcompress report` in Chromium (needs chromium and chromedriver)
 # make lint        ruff
 # make types       mypy on the installed wheel
 # make check       lint, types, test
@@ -21,7 +22,7 @@ FILES := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-lmms-eval lint types check tables bench clean
+.PHONY: help demo test test-oldest test-lmms-eval test-report lint types check tables bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -40,6 +41,9 @@ test-oldest: $(VENV_OLDEST)/.installed-dev
 
 test-lmms-eval:
 	PYTHON=$(PYTHON) bash scripts/test_lmms_eval.sh $(ARGS)
+
+test-report: $(VENV)/.installed-dev
+	VENV=$(VENV) bash scripts/test_report.sh
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
