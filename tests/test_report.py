@@ -420,3 +420,10 @@ def test_what_is_there_is_left_alone_until_the_end(vidcompress, tmp_path) -> Non
     page.write_text("before")
     assert vidcompress("report", tmp_path / "no.mp4", "?", "--out", page)[0] == 2
     assert page.read_text() == "before"
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib", "PIL"])
+def test_what_is_not_installed_is_named(module, vidcompress, monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = vidcompress("report", "no.mp4", "?", "--out", tmp_path / "a.html")
+    assert code == 2 and f"{module} not installed" in err and "vidcompress-transformers[viz]" in err
