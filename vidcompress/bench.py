@@ -20,7 +20,7 @@ from vidcompress.config import load
 from vidcompress.costs import MODELS, estimate
 from vidcompress.method import Method, list_methods
 from vidcompress.profiling import count_launches, device_at_hand, machine, megabytes, milliseconds
-from vidcompress.tokens import Grid, Reduction, VideoTokens
+from vidcompress.tokens import CachedTokens, Grid, Reduction, VideoTokens
 
 
 def synthetic(grid: Grid, channels: int, dtype: torch.dtype, device: torch.device) -> VideoTokens:
@@ -57,8 +57,12 @@ def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
             signals["text_hidden"], signals["last_text_hidden"] = features[:48], features[-1]
             if "text_attention.heads" in method.needs:
                 signals["text_attention.heads"] = torch.rand(28, 48, len(index), generator=draw).to(index.device)
-        seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, notes, entered)
-        reduction = method.decide(seen, site)
+        if site.is_decoding:
+            cached = CachedTokens(tokens.grid, index, signals, notes, entered)
+            reduction = Reduction(method.retain(cached, site), len(index))
+        else:
+            seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, notes, entered)
+            reduction = method.decide(seen, site)
         reductions.append(reduction)
         notes, features, index = {**notes, **reduction.notes}, features[reduction.keep], index[reduction.keep]
         entered = entered if site.is_inner else len(reduction)

@@ -281,7 +281,8 @@ class Estimate:
         grid: (t, h, w) of the video.
         sites: tokens kept at every site, in order, by the site's name; empty without compression.
         video_tokens: that every decoder layer runs over.
-        kv_bytes: of keys and values by layer, in bfloat16, text included.
+        kv_bytes: of keys and values by layer, in bfloat16, text included; with a method that acts between decoding
+            steps, once it has.
         flops: operations by layer, by the formula's name, text included, and those of a first look.
         looked_layers: that a first look runs over the whole prompt before it is reduced.
     """
@@ -332,17 +333,19 @@ def estimate(
         raise ValueError(f"text_tokens must be at least 0, got {text_tokens}")
     total, looked = math.prod(grid), 0
     lengths, sites, exact, name = [total] * of.layers, {}, True, "none"
+    left = lengths
     if compression is not None:
         from vidcompress.method import Pipeline
 
         pipeline = Pipeline.of(compression)
-        lengths = pipeline.lengths(grid, of.layers)
+        lengths, left = pipeline.lengths(grid, of.layers), pipeline.stored(grid, of.layers)
         sites = {str(site): count for site, count in pipeline.counts(grid, of.layers).items()}
         exact, name = all(method.exact for method in pipeline), pipeline.name
         looked = max(pipeline.looks(of.layers), default=0) if lengths[0] < total else 0
-    stored = [n + text_tokens for n in lengths]
-    by_formula = {formula: flops(formula, of, stored, decode_tokens) for formula in formulas}
-    for formula, layers in by_formula.items():
-        first_look = flops(formula, of, [total + text_tokens] * of.layers, 0)
-        by_formula[formula] = [cost + look * (i < looked) for i, (cost, look) in enumerate(zip(layers, first_look))]
+    whole, prompt, stored = ([n + text_tokens for n in tokens] for tokens in ([total] * of.layers, lengths, left))
+    by_formula = {}
+    for formula in formulas:
+        look, prefill, idle = (flops(formula, of, tokens, 0) for tokens in (whole, prompt, stored))
+        decoding = flops(formula, of, stored, decode_tokens)
+        by_formula[formula] = [look[i] * (i < looked) + prefill[i] + decoding[i] - idle[i] for i in range(of.layers)]
     return Estimate(name, exact, grid, sites, lengths, kv_cache_bytes(of, stored), by_formula, looked)

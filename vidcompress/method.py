@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from vidcompress.precision import full_precision
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import CachedTokens, Grid, Reduction, Site, VideoTokens
 
 DEPTH = 28
 """Decoder layers of the 7B models that the papers measure, assumed where no model is at hand."""
@@ -38,9 +39,9 @@ def setting(
 class Method:
     """One published compression method. Its fields are its configuration; it decides and never moves data.
 
-    A subclass writes `reduce`, and `sites` and `count` if it acts inside the LLM. Class attributes say what it needs
-    (`needs`: signals by name) and how it counts before the LLM (`budget_rule`). Raises ValueError or TypeError on
-    construction when a field is out of range or of the wrong type.
+    A subclass writes `reduce`, and `sites` and `count` if it acts inside the LLM; or `evict`, if it acts between
+    decoding steps. Class attributes say what it needs (`needs`: signals by name) and how it counts before the LLM
+    (`budget_rule`). Raises ValueError or TypeError on construction when a field is out of range or of the wrong type.
     """
 
     name: ClassVar[str] = ""
@@ -144,6 +145,20 @@ class Method:
             raise RuntimeError(f"{self.name} kept {len(reduction)} tokens of {len(tokens)} at {site}, not {count}")
         return reduction
 
+    def evict(self, tokens: CachedTokens, site: Site) -> Tensor:
+        """[K] ascending indices of the cached tokens that stay. Called after a decoding step, and only when there is
+        something to remove; what goes is gone for all later ones."""
+        raise NotImplementedError
+
+    def retain(self, tokens: CachedTokens, site: Site) -> Tensor:
+        """`evict`, with the promises kept."""
+        count = self.count(site, tokens.grid, tokens.entered, len(tokens))
+        with torch.no_grad(), full_precision(tokens.index.device):
+            keep = Reduction(self.evict(tokens, site), len(tokens)).check().keep
+        if len(keep) > count or (self.exact and len(keep) != count):
+            raise RuntimeError(f"{self.name} kept {len(keep)} cached tokens of {len(tokens)} at {site}, not {count}")
+        return keep
+
     def settings(self) -> dict[str, Any]:
         """The fields as plain values, ready for YAML or JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -183,7 +198,7 @@ class TwoHalves:
 
 class Pipeline:
     """Several methods at different sites, in the order in which they act: at most one before the LLM, at most one at
-    the input of each decoder layer. Each follows its own `positions`.
+    the input of each decoder layer, and at most one at each between decoding steps. Each follows its own `positions`.
 
     Raises ValueError when two methods meet at one site, or are listed in another order than they act in, at every usual
     depth of an LLM; `stages` tells for one depth.
@@ -223,15 +238,28 @@ class Pipeline:
         """Every signal some method needs."""
         return frozenset().union(*(m.needs for m in self.methods))
 
+    @property
+    def evicts(self) -> bool:
+        """Whether some method acts between decoding steps."""
+        return any(site.is_decoding for method in self.methods for site in method.sites())
+
     def on(self, model_type: str) -> Pipeline:
         """Its methods, each as a model of that type needs it."""
         return Pipeline(method.on(model_type) for method in self.methods)
 
     def stages(self, depth: int = DEPTH) -> dict[Site, Method]:
-        """The method at every site of an LLM of `depth` decoder layers, in the order of the layers.
+        """The method at every site that a prompt passes in an LLM of `depth` decoder layers, in order of the layers.
 
         Raises ValueError if a site lies beyond the depth, two methods meet, or they are not listed in order.
         """
+        return {site: method for site, method in self._acting(depth).items() if not site.is_decoding}
+
+    def evictions(self, depth: int = DEPTH) -> dict[Site, Method]:
+        """The method at every site between decoding steps, in the order of the layers; raises as `stages`."""
+        return {site: method for site, method in self._acting(depth).items() if site.is_decoding}
+
+    def _acting(self, depth: int) -> dict[Site, Method]:
+        """The method at every site, in order."""
         acting = [(method, method.sites(depth)) for method in self.methods]
         _check(acting)
         stages = {site: method for method, sites in acting for site in sites}
@@ -241,7 +269,7 @@ class Pipeline:
                     f"{method.name} acts at the input of layer {site.layer}; this decoder has {depth} layers, "
                     f"0 to {depth - 1}"
                 )
-        return dict(sorted(stages.items(), key=lambda stage: stage[0].layer))
+        return dict(sorted(stages.items(), key=lambda stage: stage[0].order))
 
     def looks(self, depth: int = DEPTH) -> tuple[int, ...]:
         """Ascending decoder layers at which the whole prompt is looked at before it is reduced.
@@ -264,11 +292,25 @@ class Pipeline:
             now = counts[site] = min(now, method.count(site, grid, entered, now))
             if site == Site.projector():
                 entered = now
+        stored = self._by_layer(counts, grid, depth)
+        for site, method in self.evictions(depth).items():
+            before = stored[site.layer]
+            now = counts[site] = min(before, method.count(site, grid, entered, before))
+            stored[site.layer :] = [min(now, n) for n in stored[site.layer :]]
         return counts
 
     def lengths(self, grid: Grid, depth: int = DEPTH) -> list[int]:
-        """Tokens of a (t, h, w) video that every decoder layer runs over: `depth` numbers."""
-        counts = self.counts(grid, depth)
+        """Tokens of a (t, h, w) video in a prompt that every decoder layer runs over: `depth` numbers."""
+        return self._by_layer(self.counts(grid, depth), grid, depth)
+
+    def stored(self, grid: Grid, depth: int = DEPTH) -> list[int]:
+        """Tokens of a (t, h, w) video that every decoder layer's cache holds once decoding has begun."""
+        counts, lengths = self.counts(grid, depth), self.lengths(grid, depth)
+        for site in self.evictions(depth):
+            lengths[site.layer :] = [min(counts[site], n) for n in lengths[site.layer :]]
+        return lengths
+
+    def _by_layer(self, counts: Mapping[Site, int], grid: Grid, depth: int) -> list[int]:
         now, lengths = counts.get(Site.projector(), math.prod(grid)), []
         for layer in range(depth):
             now = counts.get(Site.decoder(layer), now)
@@ -286,7 +328,7 @@ def _check(acting: Sequence[tuple[Method, Sequence[Site]]]) -> None:
             taken[site] = method
     begins = [(method, sites[0]) for method, sites in acting]
     for (method, site), (later, earlier_site) in itertools.pairwise(begins):
-        if earlier_site.layer < site.layer:
+        if earlier_site.order < site.order:
             raise ValueError(
                 f"{later.name} acts at {earlier_site}, before {method.name} at {site}; list the methods of a pipeline "
                 "in the order in which they act"

@@ -18,17 +18,20 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a method acts: the projector's output (outer-LLM) or the input of a decoder layer (inner-LLM).
+    """A place where a method acts: the projector's output (outer-LLM), the input of a decoder layer (inner-LLM), or the
+    KV caches from a decoder layer on, between two decoding steps.
 
     Attributes:
         layer: decoder layer, counted from 0; -1 for the projector.
         stage: which of its method's sites it is, counted from 0; does not count when sites are compared.
         depth: decoder layers of its LLM, 0 where its method did not note them; does not count either.
+        is_decoding: whether it lies between decoding steps.
     """
 
     layer: int
     stage: int = field(default=0, compare=False)
     depth: int = field(default=0, compare=False)
+    is_decoding: bool = False
 
     @classmethod
     def projector(cls) -> Site:
@@ -40,13 +43,23 @@ class Site:
         """The input of decoder layer `layer`, counted from 0."""
         return cls(layer, stage, depth)
 
+    @classmethod
+    def decoding(cls, layer: int, stage: int = 0) -> Site:
+        """What the decoder layers from `layer` on have cached, between two decoding steps."""
+        return cls(layer, stage, is_decoding=True)
+
     @property
     def is_inner(self) -> bool:
         """Whether it lies inside the LLM."""
         return self.layer >= 0
 
+    @property
+    def order(self) -> tuple[bool, int]:
+        """By which sites follow each other: the prompt's come before those between decoding steps."""
+        return self.is_decoding, self.layer
+
     def __str__(self) -> str:
-        return f"decoder[{self.layer}]" if self.is_inner else "projector"
+        return f"{'decoding' if self.is_decoding else 'decoder'}[{self.layer}]" if self.is_inner else "projector"
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,34 @@ class VideoTokens:
 
     def signal(self, name: str) -> Tensor:
         """The signal `name`; KeyError if the method did not list it in `needs`."""
-        if name not in self.signals:
-            raise KeyError(f"signal {name!r} was not computed; list it in `needs` (has: {[*self.signals]})")
-        return self.signals[name]
+        return _signal(self.signals, name)
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """The M tokens of one video that a decoder layer's KV cache still holds, between two decoding steps.
+
+    Attributes:
+        grid: (t, h, w) of the whole video.
+        index: [M] ascending places in the flattened t * h * w grid.
+        signals: what the method's `needs` asked for, of the token that was written last: `last_query_attention` [M] in
+            this layer, `last_query_attention.previous` [M] in the one before.
+        notes: what the same method noted about this video while the prompt was read.
+        entered: tokens of this video that entered the LLM.
+    """
+
+    grid: Grid
+    index: Tensor
+    signals: Mapping[str, Tensor]
+    notes: Mapping[str, Any]
+    entered: int
+
+    def __len__(self) -> int:
+        return self.index.numel()
+
+    def signal(self, name: str) -> Tensor:
+        """The signal `name`; KeyError if the method did not list it in `needs`."""
+        return _signal(self.signals, name)
 
 
 @dataclass(frozen=True)
@@ -227,6 +265,12 @@ class Reduction:
             triplets = {name: getattr(self, name).tolist() for name in ("slot", "source", "weight")}
         facts = {"keep": self.keep.tolist(), "num_source": self.num_source}
         return facts | {"merge": triplets, "notes": _plain(self.notes)}
+
+
+def _signal(signals: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in signals:
+        raise KeyError(f"signal {name!r} was not computed; list it in `needs` (has: {[*signals]})")
+    return signals[name]
 
 
 def _plain(value: Any) -> Any:

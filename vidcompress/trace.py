@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vidcompress.tokens import Grid, Reduction, Site
 
 SPANS = ("segments", "windows", "scenes")
@@ -50,6 +52,34 @@ class Step:
         return facts | {"site": str(self.site), "grid": list(self.grid)} | self.reduction.to_dict()
 
 
+@dataclass(frozen=True)
+class Eviction:
+    """Cached tokens of one video that were given up between two decoding steps.
+
+    Attributes:
+        row, video: batch row at that time, and index of the video within the prompt.
+        length: tokens in the cache by then, in the caller's terms, the one just decoded included.
+        before, after: tokens of the video, newlines not counted, in the caches from the site's layer on.
+        seconds: wall time of the decision.
+        kept: [after] their places in the video's grid.
+    """
+
+    row: int
+    video: int
+    site: Site
+    method: str
+    length: int
+    before: int
+    after: int
+    seconds: float
+    kept: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        names = ("row", "video", "method", "length", "before", "after", "seconds")
+        return {k: getattr(self, k) for k in names} | {"site": str(self.site), "kept": self.kept.tolist()}
+
+
 @dataclass
 class Prompt:
     """One prefill: its reductions, and the sequence lengths before and after them.
@@ -65,6 +95,8 @@ class Prompt:
         inner_seconds: the part of `seconds` that was spent between decoder layers.
         look_seconds: the part of `seconds` that a first look inside the decoder took, for methods that ask for one.
         looked_at: decoder layers that it looked at; it ran over `length_before` tokens up to the last of them.
+        video_tokens: of all videos and rows before compression, newlines not counted.
+        evictions: what decoding steps behind this prompt removed from its cache, in order.
         signal_seconds: wall time of the saliency and frame features taken from the vision tower.
     """
 
@@ -79,22 +111,25 @@ class Prompt:
     inner_seconds: float = 0.0
     look_seconds: float = 0.0
     looked_at: list[int] = field(default_factory=list)
+    video_tokens: int = 0
+    evictions: list[Eviction] = field(default_factory=list)
 
     @property
     def before(self) -> int:
         """Video tokens in this prompt before compression, over all videos and rows, newlines not counted."""
-        return sum({(s.row, s.video): s.before for s in reversed(self.steps)}.values())
+        return sum({(s.row, s.video): s.before for s in reversed(self.steps)}.values()) or self.video_tokens
 
     @property
     def after(self) -> int:
-        """Video tokens that are left after the last site."""
-        return sum({(s.row, s.video): s.after for s in self.steps}.values())
+        """Video tokens that are left after the last site of the prompt."""
+        return sum({(s.row, s.video): s.after for s in self.steps}.values()) or self.video_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         names = ["compression", "head", "before", "after", "length_before", "length_after", "layer_lengths"]
         names += ["seconds", "inner_seconds", "look_seconds", "looked_at", "signal_seconds"]
-        return {k: getattr(self, k) for k in names} | {"steps": [s.to_dict() for s in self.steps]}
+        lists = {"steps": [s.to_dict() for s in self.steps], "evictions": [e.to_dict() for e in self.evictions]}
+        return {k: getattr(self, k) for k in names} | lists
 
 
 class Trace:

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:
+    from vidcompress.engine.eviction import CachedVideo
 
 
 @dataclass
@@ -30,6 +33,8 @@ class CachedPrefix:
         shift: [B] what that takes off the caller's positions of all that follows; None until it is known.
         open: [B] bool, the rows of which it is not known, because nothing followed yet.
         end: the caller's length at which `following` begins.
+        marks: [B, physical, 2] on the CPU: which of the state's videos a token belongs to (-1: none), and its place in
+            the grid, or -1 - line for the newline of a line; None where nothing can be evicted.
     """
 
     start: int
@@ -38,6 +43,7 @@ class CachedPrefix:
     shift: Tensor | None = None
     open: Tensor | None = None
     end: int = 0
+    marks: Tensor | None = None
 
     @property
     def renumbered(self) -> Tensor | None:
@@ -70,8 +76,9 @@ class CachedPrefix:
 
     def map(self, rows: Callable[[Tensor], Tensor]) -> CachedPrefix:
         """After a change of batch rows."""
-        following, shift, waiting = (None if t is None else rows(t) for t in (self.following, self.shift, self.open))
-        return CachedPrefix(self.start, rows(self.mask), following, shift, waiting, self.end)
+        names = ("mask", "following", "shift", "open", "marks")
+        moved: dict[str, Any] = {name: rows(t) for name in names if (t := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -81,11 +88,13 @@ class CacheState:
     Attributes:
         logical: tokens of the caller's sequence that the prefix stands for.
         prefixes: how the layers store it, by ascending start; the first starts at layer 0.
+        videos: those of which tokens may be evicted between decoding steps.
         served: whether a forward of the engine's is running, which alone knows what the prefix holds.
     """
 
     logical: int
     prefixes: tuple[CachedPrefix, ...]
+    videos: tuple[CachedVideo, ...] = ()
     served: bool = False
 
     def at(self, layer: int) -> CachedPrefix:

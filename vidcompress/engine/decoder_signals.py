@@ -82,9 +82,19 @@ class LayerView:
 
     def attention(self, row: int, queries: Tensor, places: Tensor, reduce: Any = "max") -> Tensor:
         """What the tokens at columns `queries` pay to those at `places`, as `ops.text_attention` reduces it."""
-        mask, attention = self.tokens.mask[row], self.layer.self_attn
-        rank = mask.long().cumsum(0) - 1  # place of a column among its row's real tokens
+        before = int(self.tokens.past_mask[row].sum())
+        return self._paid(row, queries, before + _rank(self.tokens.mask[row])[places], reduce)
+
+    @torch.no_grad()
+    def attention_to_cached(self, row: int, columns: Tensor) -> Tensor:
+        """[M] what the row's last token pays to those at `columns` [M] of the cache: the mean over heads."""
+        last = torch.tensor([self.tokens.length - 1], device=self.tokens.mask.device)
         past = self.tokens.past_mask[row]
+        return self._paid(row, last, _rank(past)[columns.to(past.device)], "max")
+
+    def _paid(self, row: int, queries: Tensor, keys: Tensor, reduce: Any) -> Tensor:
+        """What the tokens at columns `queries` pay to the real tokens `keys`, those in the cache counted first."""
+        mask, past = self.tokens.mask[row], self.tokens.past_mask[row]
         query = self._project("q_proj", row, queries)
         if row not in self._keys:
             key = self._project("k_proj", row, mask.nonzero().squeeze(1))
@@ -92,10 +102,10 @@ class LayerView:
             if cached is not None:
                 key = torch.cat([cached[row].to(key.device)[:, past.to(key.device)], key], 1)
             self._keys[row] = key
-        before = int(past.sum())
+        rows = int(past.sum()) + _rank(mask)[queries]
         with full_precision(query.device):
-            rows, columns = (before + rank[places].to(query.device) for places in (queries, places))
-            return ops.text_attention(query, self._keys[row], attention.scaling, rows, columns, reduce)
+            rows, columns = (places.to(query.device) for places in (rows, keys))
+            return ops.text_attention(query, self._keys[row], self.layer.self_attn.scaling, rows, columns, reduce)
 
     @torch.no_grad()
     def look(self, row: int, places: Tensor, last: Tensor) -> Tensor:
@@ -118,6 +128,11 @@ class LayerView:
         batch = self.tokens.mask.shape[0]
         cos, sin = (t.expand(batch, -1, -1)[row][columns.to(t.device)].to(states.device) for t in self.rotary)
         return rotate(states, cos, sin)
+
+
+def _rank(mask: Tensor) -> Tensor:
+    """Place of a column among the real tokens of a row [n] bool."""
+    return mask.long().cumsum(0) - 1
 
 
 def cached_keys(cache: Any, layer: int, stored: int) -> Tensor | None:

@@ -7,7 +7,8 @@ No forward is rewritten. The model places all features itself; then, in this ord
     decoder, before       every video is reduced (`Plan`); embeddings, mask and positions follow (`_decoder_before`)
     rotary embedding      gets the survivors' true positions                                  (`_rotary_before`)
     decoder layer, before every video is reduced again where a method acts (`Running`)        (`_layer_before`)
-    decoder, after        hidden states go back to the caller's length, the cache is noted    (`_decoder_after`)
+    decoder, after        hidden states go back to the caller's length, the cache is noted; after a decoding step
+                          cached tokens are evicted where a method acts there (`evict`)       (`_decoder_after`)
 
 The decoder itself is handed contiguous positions, because gappy ones look like packed sequences to the mask builder and
 to FlashAttention. On later steps the caller's mask is mapped to what the cache stores.
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from vidcompress.engine import sequence
 from vidcompress.engine.cache import commit, served, state_of
 from vidcompress.engine.context import ThreadState
+from vidcompress.engine.eviction import evict, refuse_fixed_cache
 from vidcompress.engine.first_look import FirstLook, lent
 from vidcompress.engine.overrides import Override, refuse_mask
 from vidcompress.engine.plan import Encoding, Pending, Plan
@@ -79,6 +81,11 @@ class Engine:
         if pipeline.needs & self.patch.provides:
             self.patch.signal_layer(self.model, {})
         self._setup = (pipeline, head, source)  # in one step: other threads may be encoding
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What becomes of the next prompt."""
+        return self._setup[0]
 
     def remove(self) -> None:
         """Takes every hook and override off; the model is itself again. Does nothing the second time."""
@@ -207,6 +214,8 @@ class Engine:
         whole = kwargs.get("attention_mask") is None and batch == 1
         common = (length, past, following, whole, state, self.patch.causal_mask)
         running = Running(decoder, cache, plan, *common)
+        if plan is not None and plan.evictions and cache is not None:
+            refuse_fixed_cache(cache, plan.evictions)
         if running.has_inner_sites or (plan is not None and plan.looks):
             self._refuse_replaced_layers(decoder)
         if plan is not None and plan.looks:
@@ -292,10 +301,13 @@ class Engine:
         if running.plan is not None:
             running.refuse_skipped_sites()
             running.plan.record(self.trace, running.lengths())
+        elif running.due:
+            evict(running, self.trace.enabled)
+        may_evict = running.plan is not None and bool(running.plan.evictions)
+        if running.cache is not None and (running.changed or may_evict):
+            commit(running.cache, running.new_state())
         if not running.changed:
             return output
-        if running.cache is not None:
-            commit(running.cache, running.new_state())
         output.last_hidden_state = running.back(output.last_hidden_state, running.stages[-1])
         if output.hidden_states is not None:
             # the first is what entered layer 0, the others what left a layer

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vidcompress.engine.cache import state_of
+
 if TYPE_CHECKING:
     from vidcompress.engine.hooks import Engine
+
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""By which generate() is told to decode guesses."""
 
 
 class Override:
@@ -75,6 +81,7 @@ class Generate(Override):
                     f"prefill_chunk_size={chunk} with a video: a chunk may hold part of a video, and a video is "
                     "reduced as a whole; use prefill_chunk_size=None (the compressed prompt is short)"
                 )
+        self._refuse_without_single_steps(args, kwargs, config)
         local = self.engine.local
         outer = local.generating, local.encoding, local.drafting, local.prompt_length
         local.generating, local.encoding = True, None
@@ -88,6 +95,26 @@ class Generate(Override):
             return self.original(*args, **kwargs)
         finally:
             local.generating, local.encoding, local.drafting, local.prompt_length = outer
+
+    def _refuse_without_single_steps(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> None:
+        """ValueError if cached tokens are to be evicted by what is decoded, and decoding gives no occasion for it."""
+        state = state_of(kwargs.get("past_key_values"))
+        brought = kwargs.get("pixel_values_videos") is not None or kwargs.get("mm_encoder_outputs")
+        evicts = brought and self.engine.pipeline.evicts
+        if not evicts and not (state is not None and state.videos):
+            return
+        in_force = self.owner.generation_config if config is None else config
+        given = {name: kwargs.get(name, getattr(in_force, name, None)) for name in (*ASSISTED, "use_cache")}
+        assisted = [name for name in ASSISTED if given[name]]
+        if assisted:
+            raise ValueError(
+                f"{assisted[0]} with a method that evicts cached tokens between decoding steps: it decodes several "
+                "guesses at a time and takes some back, which an eviction could not be; decode without it"
+            )
+        if given["use_cache"] is False:
+            raise ValueError(
+                "use_cache=False with a method that evicts cached tokens between decoding steps: there is no cache"
+            )
 
     def _refuse_placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A later turn must bring the video of its placeholders along; those before the cache's end are old ones."""

@@ -125,6 +125,7 @@ class Plan:
         text: for every row the columns of the prompt's text after its last video; the last token where there is none.
         last: for every row the column of the prompt's last token.
         textless: rows that have no text after their last video.
+        evictions: the method at every site between decoding steps, if something is to go there.
         looks: decoder layers that are looked at before the whole prompt is reduced.
         prompt: the trace's record, or None if the trace is off.
         taken: (row, columns [N], reduction) of every video at the last site.
@@ -135,6 +136,7 @@ class Plan:
     text: list[Tensor]
     last: list[Tensor]
     textless: list[int]
+    evictions: Mapping[Site, Method] = field(default_factory=dict)
     looks: tuple[int, ...] = ()
     prompt: Prompt | None = None
     taken: list[tuple[int, Tensor, Reduction]] = field(default_factory=list)
@@ -158,6 +160,7 @@ class Plan:
             compression = [{"method": m.name, **m.settings()} for m in encoding.pipeline]
             length = tokens.length
             plan.prompt = Prompt([], length, length, 0.0, encoding.seconds, compression, encoding.head)
+            plan.prompt.video_tokens = copies * sum(video.tokens for video in encoding.videos)
         first = following = 0
         for row in range(where.shape[0]):
             if row % copies:
@@ -175,6 +178,10 @@ class Plan:
             plan._add_frame_features(tokens)
         if "first_look" in encoding.pipeline.needs and any(map(plan._is_reduced, plan.followed)):
             plan.looks = encoding.pipeline.looks(depth)
+        if any(
+            encoding.pipeline.stored(v.grid, depth) != encoding.pipeline.lengths(v.grid, depth) for v in encoding.videos
+        ):
+            plan.evictions = encoding.pipeline.evictions(depth)
         return plan
 
     def carry_out(self, site: Site, tokens: Sequence, view: LayerView | None = None) -> tuple[Sequence, Tensor] | None:
@@ -235,6 +242,18 @@ class Plan:
                 mine = row_of[row, columns].to(features.device)
                 features = features.index_copy(0, mine[reduction.keep], reduction.apply(features[mine]))
         return features
+
+    def marks(self, tokens: Sequence) -> Tensor | None:
+        """[B, n, 2] whose tokens the columns of a sequence hold, as `CachedPrefix.marks`; None if nothing will ever be
+        evicted."""
+        if not self.evictions:
+            return None
+        marks = torch.full((*tokens.mask.shape, 2), -1)
+        for video in self.followed:
+            for columns, places in ((video.places, video.index), (video.newlines, -1 - video.lines)):
+                marks[video.row, columns.cpu(), 0] = video.number
+                marks[video.row, columns.cpu(), 1] = places.cpu()
+        return marks
 
     def record(self, trace: Trace, lengths: list[int]) -> None:
         """Ends the record of a prompt, over which the decoder's layers ran with so many tokens."""

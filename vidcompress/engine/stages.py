@@ -16,6 +16,7 @@ from torch import Tensor
 from vidcompress.engine import sequence
 from vidcompress.engine.cache import CachedPrefix, CacheState
 from vidcompress.engine.decoder_signals import LayerView
+from vidcompress.engine.eviction import Due, cached_videos, due
 from vidcompress.engine.first_look import FirstLook
 from vidcompress.engine.plan import Plan
 from vidcompress.engine.sequence import Sequence
@@ -35,6 +36,7 @@ class Stage:
         own_mask: whether it needs another mask than the decoder hands to the layers.
         mask, masked: that mask, which may be None, and whether it was made.
         columns: [B, n] 0, 1, 2, ..: what the layers get as positions, which gappy ones would make look packed.
+        marks: [B, n, 2] whose tokens these are, as `CachedPrefix.marks`; None where nothing can be evicted.
     """
 
     start: int
@@ -46,6 +48,7 @@ class Stage:
     mask: Any = None
     masked: bool = False
     columns: Tensor | None = None
+    marks: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -68,6 +71,8 @@ class Running:
         state: the cache's compressed prefix, if there is one.
         causal_mask: makes a layer's mask (`Patch.causal_mask`).
         look: the first look for which this forward is made, or None.
+        due: what may be evicted after this forward.
+        views: input of the layers whose attention tells what.
         stages: those that were entered; the first is what the decoder itself sees.
         changed: whether anything was removed or merged.
         placed: whether the rotary embedding got the true positions.
@@ -83,11 +88,14 @@ class Running:
     state: CacheState | None
     causal_mask: Callable[..., Any]
     look: FirstLook | None = None
+    due: list[Due] = field(default_factory=list)
+    views: dict[int, LayerView] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     changed: bool = False
     placed: bool = False
     _starts: frozenset[int] = frozenset()
     _looked_at: frozenset[int] = frozenset()
+    _asked: frozenset[int] = frozenset()
     _previous: LayerView | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +104,9 @@ class Running:
         self._starts = frozenset(planned) | frozenset(later)
         asks = (layer for layer, m in planned.items() if "last_query_attention.previous" in m.needs)
         self._looked_at = frozenset(layer - 1 for layer in asks)
+        if self.decodes and self.state is not None:
+            self.due = due(self.state)
+            self._asked = frozenset(layer for one in self.due for layer in one.layers().values())
 
     @property
     def has_inner_sites(self) -> bool:
@@ -105,7 +116,12 @@ class Running:
     @property
     def concerns_layers(self) -> bool:
         """Whether `layer` has to be asked about every layer."""
-        return self.has_inner_sites or self.look is not None
+        return self.has_inner_sites or bool(self._asked) or self.look is not None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decoding step: one token a row behind a prompt."""
+        return self.plan is None and self.look is None and self.length == 1 and self.past > 0
 
     @property
     def rotary_positions(self) -> Tensor | None:
@@ -120,7 +136,8 @@ class Running:
         if shorter is not None:
             tokens, index = shorter
             self.changed = True
-        self.stages.append(Stage(0, _without_embeds(tokens), index))
+        marks = None if self.plan is None else self.plan.marks(tokens)
+        self.stages.append(Stage(0, _without_embeds(tokens), index, marks=marks))
         return tokens
 
     def arguments(self, tokens: Sequence, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +175,8 @@ class Running:
         rotary = rotary if stage.rotary is None else stage.rotary
         if i in self._looked_at:
             self._previous = LayerView(layer, i, replace(stage.tokens, embeds=hidden), rotary, self.cache)
+        if i in self._asked:
+            self.views[i] = LayerView(layer, i, replace(stage.tokens, embeds=hidden), rotary, self.cache)
         if self.look is not None:
             self.look.at(LayerView(layer, i, replace(stage.tokens, embeds=hidden), rotary))
         if stage.rotary is None and not stage.own_mask:
@@ -176,11 +195,14 @@ class Running:
         return args, kwargs
 
     def new_state(self) -> CacheState:
-        """What the cache holds after this forward, in which something was removed or merged."""
+        """What the cache holds after this forward, if something was removed or merged, or may be evicted later."""
         last = self.stages[-1]
         tail = self.length
         if last.index is not None:
             tail = sequence.untouched(last.index, last.tokens.mask, self.length)
+        videos = () if self.state is None else self.state.videos
+        if last.marks is not None:
+            tail = min(tail, last.length - 1 - int((last.marks[..., 0] >= 0).any(0).nonzero().max()))
         prefixes = []
         for stage in self.stages:
             if not stage.differs:
@@ -188,10 +210,32 @@ class Running:
             tokens = stage.tokens
             stored = tokens.full_mask.shape[1] - tail
             following = None if tokens.renumbered is None else tokens.following
+            marks = self._marks(stage, len(videos))
             prefixes.append(
-                CachedPrefix(stage.start, tokens.full_mask[:, :stored], following, end=self.past + self.length)
+                CachedPrefix(
+                    stage.start,
+                    tokens.full_mask[:, :stored],
+                    following,
+                    end=self.past + self.length,
+                    marks=None if marks is None else marks[:, :stored],
+                )
             )
-        return CacheState(self.past + self.length - tail, tuple(prefixes))
+        if self.plan is not None and self.plan.evictions:
+            videos = (*videos, *cached_videos(self.plan))
+        return CacheState(self.past + self.length - tail, tuple(prefixes), videos)
+
+    def _marks(self, stage: Stage, videos: int) -> Tensor | None:
+        """[B, n, 2] whose tokens a stage and what lies before it in the cache are, behind so many earlier videos."""
+        earlier = None if self.state is None else self.state.at(stage.start).marks
+        if earlier is None and stage.marks is None:
+            return None
+        marks = torch.full((*stage.tokens.full_mask.shape, 2), -1)
+        if earlier is not None:
+            marks[:, : earlier.shape[1]] = earlier
+        if stage.marks is not None:
+            marks[:, -stage.length :] = stage.marks
+            marks[:, -stage.length :, 0] += videos * (stage.marks[..., 0] >= 0)
+        return marks
 
     def lengths(self) -> list[int]:
         """Tokens that every decoder layer ran over, padding included."""
@@ -237,7 +281,9 @@ class Running:
                 index = local if index is None else sequence.take(index, local)
                 own = self.decoder.rotary_emb(tokens.embeds, tokens.position_ids)
                 differs = self.changed = True
-        self.stages.append(Stage(i, _without_embeds(tokens), index, differs, own, before.own_mask or differs))
+        own_mask = before.own_mask or differs
+        marks = None if self.plan is None else self.plan.marks(tokens)
+        self.stages.append(Stage(i, _without_embeds(tokens), index, differs, own, own_mask, marks=marks))
         return tokens.embeds
 
     def _further(self, start: int, total: Tensor | None) -> Tensor | None:
