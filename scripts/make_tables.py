@@ -21,6 +21,8 @@ README, EVALUATION = ROOT / "README.md", ROOT / "docs/evaluation.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 OFFICIAL = {
+    "dycoke": ["dycoke", "dycoke_decoding"],
+    "dycoke_outer": ["dycoke"],
     "fastv": ["fastv"],
     "fastvid": ["fastvid", "fastvid_llava_video", "fastvid_qwen25vl"],
     "holitom": ["holitom_outer", "holitom_inner"],

@@ -9,7 +9,7 @@ from allocations import peak_bytes
 from vidcompress.bench import decide, merge, synthetic
 from vidcompress.method import list_methods
 
-LOCAL = ["dycoke", "fastvid", "prumerge", "prumerge_plus", "uniform_frames", "uniform_tokens", "visionzip"]
+LOCAL = ["dycoke_outer", "fastvid", "prumerge", "prumerge_plus", "uniform_frames", "uniform_tokens", "visionzip"]
 """Methods that compare tokens of a frame, or of a shot, only."""
 
 
@@ -34,7 +34,7 @@ def test_the_count_is_right():
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_workspace_of_local_methods(name):
-    settings = {"retention_ratio": 0.5} if name == "dycoke" else {"retention_ratio": 0.1}
+    settings = {"retention_ratio": 0.5} if name == "dycoke_outer" else {"retention_ratio": 0.1}
     assert workspace(name, 64, **settings) <= 256e6
 
 
@@ -46,6 +46,6 @@ def test_workspace_of_infomerge():
 @pytest.mark.parametrize("name", [*LOCAL, "infomerge"])
 def test_workspace_does_not_grow_with_the_frames(name):
     """Beyond indices, weights and what is kept: by less than the channels of the tokens that are added."""
-    settings = {"retention_ratio": 0.5} if name == "dycoke" else {"retention_ratio": 0.1}
+    settings = {"retention_ratio": 0.5} if name == "dycoke_outer" else {"retention_ratio": 0.1}
     short, long = (workspace(name, frames, channels=512, **settings) for frames in (32, 128))
     assert long - short <= 2 * 512 * (128 - 32) * 196

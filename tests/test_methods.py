@@ -27,7 +27,7 @@ from vidcompress.methods.unified import Unified
 from vidcompress.methods.unified_pool import UnifiedPool
 from vidcompress.methods.uniform_frames import UniformFrames
 from vidcompress.methods.uniform_tokens import UniformTokens
-from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
+from vidcompress.tokens import CachedTokens, Grid, Reduction, Site, VideoTokens
 
 PROJECTOR = Site.projector()
 NAMES = sorted(list_methods())
@@ -109,18 +109,30 @@ class Step:
     reduction: Reduction
 
 
+def ask(method: Method, site: Site, seen: VideoTokens) -> Reduction:
+    """Its answer; between decoding steps what stays, with the attention of a token that was decoded."""
+    if not site.is_decoding:
+        return method.decide(seen, site)
+    if method.count(site, seen.grid, seen.entered, len(seen)) == len(seen):
+        return Reduction.identity(len(seen), seen.features.device)
+    assert seen.index is not None
+    cached = CachedTokens(seen.grid, seen.index, seen.signals, seen.notes, seen.entered)
+    return Reduction(method.retain(cached, site), len(seen))
+
+
 def walk(compression: Method | Pipeline, tokens: VideoTokens, depth: int = 28) -> Iterator[Step]:
     """One video at all sites, as the engine leads it there; no decoder layer changes it on its way."""
     features, index, entered = tokens.features, torch.arange(len(tokens), device=tokens.features.device), len(tokens)
     notes: dict[str, dict[str, Any]] = {}
-    for site, method in Pipeline.of(compression).stages(depth).items():
+    pipeline = Pipeline.of(compression)
+    for site, method in (pipeline.stages(depth) | pipeline.evictions(depth)).items():
         earlier = notes.get(method.name, {})
         signals = {
             key: s if key in WHOLE else s[index] if key == "tower_keys" else s[..., index]
             for key, s in tokens.signals.items()
         }
         seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, earlier, entered)
-        reduction = method.decide(seen, site)
+        reduction = ask(method, site, seen)
         yield Step(method, site, seen, reduction)
         features, index = reduction.apply(features), index[reduction.keep]
         notes[method.name] = {**earlier, **reduction.notes}
@@ -161,7 +173,8 @@ def test_sites_are_ordered_and_numbered(name: str) -> None:
         layers = [site.layer for site in sites]
         assert layers == sorted(set(layers)) and -1 <= layers[0] and layers[-1] < depth
         assert [s.stage for s in sites] == list(range(len(sites))) or hasattr(list_methods()[name], "keep_ratio")
-        assert list(Pipeline.of(list_methods()[name]()).stages(depth)) == sites
+        pipeline = Pipeline.of(list_methods()[name]())
+        assert [*pipeline.stages(depth), *pipeline.evictions(depth)] == sites
 
 
 @every_grid
@@ -242,7 +255,7 @@ def test_one_token_is_left_at_least(name: str) -> None:
             assert_lawful(step.reduction, step.seen, Pipeline.of(method).counts(grid)[step.site], method.exact)
         # Before the LLM a token a frame, or of HieraVid what has nothing before it to be merged into.
         outer = {"fastvid": grid[0], "unified_pool": grid[0], "unified": grid[0], "hieravid": grid[1] * grid[2]}
-        outer |= {"dycoke": grid[1] * grid[2]}  # the first frame of a window stays whole
+        outer |= dict.fromkeys(("dycoke", "dycoke_outer"), grid[1] * grid[2])  # the first frame of a window stays whole
         assert len(steps[0].reduction) == outer.get(name, 1) or not method.exact
         assert len(steps[-1].reduction) == (1 if steps[-1].site.is_inner else outer.get(name, 1))
 
@@ -254,7 +267,7 @@ def test_decisions_are_those_of_the_same_numbers_in_fp32(name: str, dtype: torch
     for step in walk(method, video(randn(200, 24).to(dtype), grid, rand(200).to(dtype))):
         half = step.seen
         signals = {key: value.float() for key, value in half.signals.items()}
-        want = method.decide(replace(half, features=half.features.float(), signals=signals), step.site)
+        want = ask(method, step.site, replace(half, features=half.features.float(), signals=signals))
         assert same(step.reduction, want)
         out = assert_lawful(step.reduction, half, len(want))
         assert torch.equal(out, want.apply(half.features.float()).to(dtype))
@@ -270,17 +283,17 @@ def test_only_the_input_decides(name: str) -> None:
         state = torch.get_rng_state()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            got = method.decide(seen, step.site)
+            got = ask(method, step.site, seen)
         finally:
             torch.set_default_dtype(torch.float32)
         assert same(got, want)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = method.decide(seen, step.site)
+            got = ask(method, step.site, seen)
             out = got.apply(seen.features)
         assert same(got, want) and torch.equal(out, want.apply(seen.features))
         assert torch.equal(torch.get_rng_state(), state)
         with_grad = replace(seen, features=seen.features.clone().requires_grad_())
-        got = method.decide(with_grad, step.site)
+        got = ask(method, step.site, with_grad)
         assert same(got, want) and (got.weight is None or not got.weight.requires_grad)
         noted = [note for note in got.notes.values() if isinstance(note, Tensor)]
         assert not any(note.requires_grad for note in noted)
@@ -291,7 +304,7 @@ def test_the_input_stays_as_it_was(name: str) -> None:
     for step in walk(build(name, 0.2), scene("slow", (8, 4, 4))):
         features = step.seen.features.clone()
         signals = {key: value.clone() for key, value in step.seen.signals.items()}
-        step.method.decide(step.seen, step.site)
+        ask(step.method, step.site, step.seen)
         assert torch.equal(step.seen.features, features)
         assert all(torch.equal(step.seen.signals[key], value) for key, value in signals.items())
 
@@ -338,7 +351,7 @@ def test_needs_are_complete(name: str) -> None:
     method = build(name, 0.3)
     for step in walk(method, scene("random", (6, 3, 3))):
         listed = replace(step.seen, signals={key: step.seen.signal(key) for key in method.needs})
-        assert same(method.decide(listed, step.site), step.reduction)
+        assert same(ask(method, step.site, listed), step.reduction)
 
 
 @pytest.mark.parametrize("name", ["hieravid", "text_aware_merge", "unified", "unified_pool"])
@@ -368,7 +381,7 @@ def test_every_device_decides_the_same(name: str) -> None:
                 notes = {key: n.cuda() if isinstance(n, Tensor) else n for key, n in seen.notes.items()}
                 index = None if seen.index is None else seen.index.cuda()
                 there = replace(seen, features=seen.features.cuda(), signals=signals, notes=notes, index=index)
-                got = step.method.decide(there, step.site)
+                got = ask(step.method, step.site, there)
                 assert got.keep.is_cuda and torch.equal(got.keep.cpu(), want.keep)
                 out = got.apply(there.features)
                 assert out.is_cuda

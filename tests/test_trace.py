@@ -89,6 +89,7 @@ def test_to_dict_is_json(tmp_path: Path) -> None:
         "inner_seconds": 0.0625,
         "look_seconds": 0.03125,
         "looked_at": [2, 3],
+        "evictions": [],
         "signal_seconds": 0.125,
         "compression": [{"method": "random", "seed": 0}],
         "head": "some/head",

@@ -18,7 +18,6 @@ Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 ABSENT = {
     "mmg_vid": "MMG-Vid (arXiv:2508.21044) publishes neither code nor its equations; it is not guessed at",
-    "dycoke, decoding": "DyCoke's selection between decoded tokens needs a cache that shrinks while it is used",
 }
 """Published methods that are no file of vidcompress/methods, and why."""
 

@@ -1,8 +1,7 @@
-"""DyCoke's temporal merging (Tao et al., CVPR 2025, arXiv:2411.15024): of similar frames, keep what changed.
+"""First half of DyCoke, temporal merging (Tao et al., CVPR 2025, arXiv:2411.15024): of frames, keep what changed.
 
 In every window of four frames the first stays whole. The others keep the tokens least like those at their position: the
-second like the first, the fourth like the third, the third like the first. What stays is a copy; nothing is mixed. Its
-pruning of the KV cache while decoding is not part of this.
+second like the first, the fourth like the third, the third like the first. What stays is a copy; nothing is mixed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ WINDOW = 4
 
 
 @dataclass(kw_only=True)
-class DyCoke(Method):
+class DyCokeOuter(Method):
     retention_ratio: float = setting(
         0.475, "fraction of the video tokens that is kept; the whole frames alone are 1/4", low=0.25, high=1
     )
