@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidcompress.engine.decoder_signals import DECODER_SIGNALS, LayerView
-from vidcompress.engine.saliency import synchronise
+from vidcompress.engine.saliency import mean_tokens, synchronise
 from vidcompress.engine.sequence import Sequence
 from vidcompress.method import Method, Pipeline
 from vidcompress.tokens import Reduction, Site, VideoTokens
@@ -291,8 +291,8 @@ class Plan:
             if "frame_features" in video.video.signals:
                 continue
             if video.number not in completed:
-                frames = tokens.embeds[video.row, video.places].detach().unflatten(0, (video.video.grid[0], -1))
-                signals = {**video.video.signals, "frame_features": frames.float().mean(1)}
+                means = mean_tokens(tokens.embeds[video.row, video.places], video.video.grid[0])
+                signals = {**video.video.signals, "frame_features": means}
                 completed[video.number] = replace(video.video, signals=signals)
             video.video = completed[video.number]
 

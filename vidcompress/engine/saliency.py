@@ -204,10 +204,28 @@ class MergedPatchSignals(TowerSignals):
                     received = column_mean_attention(q, k, layer.attn.scaling)
                     parts["saliency.received"].append(received.unflatten(1, (-1, self.patches)).mean(2).flatten())
                 if "saliency.head" in needs:
-                    mean, merged = q.float().mean(2), k.float().unflatten(2, (-1, self.patches)).mean(3)
-                    logits = (merged @ mean[..., None])[..., 0] * layer.attn.scaling  # [F, H, P]
-                    parts["saliency.head"].append(logits.softmax(-1).mean(1).flatten())
+                    parts["saliency.head"].append(pseudo_query(q, k, layer.attn.scaling, self.patches).flatten())
         return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+def pseudo_query(query: Tensor, key: Tensor, scale: float, patches: int) -> Tensor:
+    """FastVID's rule for towers without a pooling head: what the mean of a frame's queries pays to each token's keys.
+
+    Args:
+        query, key: [F, H, n, D] of every frame's patches, after rotation.
+        scale: of the attention's logits.
+        patches: how many patches in a row become a token, whose keys are averaged.
+
+    Returns:
+        [F, P] in fp32, P = n / patches, each row summing to 1; the mean over the heads.
+    """
+    mean, merged = query.float().mean(2), key.float().unflatten(2, (-1, patches)).mean(3)
+    return ((merged @ mean[..., None])[..., 0] * scale).softmax(-1).mean(1)
+
+
+def mean_tokens(features: Tensor, frames: int) -> Tensor:
+    """[frames, C] fp32 means of each frame's tokens, of [M, C]: FastVID's frame features without a pooling head."""
+    return features.detach().unflatten(0, (frames, -1)).float().mean(1)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
