@@ -243,13 +243,12 @@ class QwenReducing(Reducing):
         pixels = video_input["pixel_values_videos"].split(grids.prod(-1).tolist())
         seconds = video_input.get("second_per_grid_ts")
         rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        return tuple(
-            self._reduced(
-                {**video_input, "pixel_values_videos": pixels[i], "video_grid_thw": grids[i : i + 1]},
-                rate * (1.0 if seconds is None else float(seconds[i])),
-            )
+        one = [
+            {"type": video_input["type"], "pixel_values_videos": pixels[i], "video_grid_thw": grids[i : i + 1]}
             for i in range(len(grids))
-        )
+        ]
+        times = [rate * (1.0 if seconds is None else float(seconds[i])) for i in range(len(grids))]
+        return tuple(map(self._reduced, one, times))
 
     def _reduced(self, video_input: Any, seconds: float) -> Tensor:
         """[K, C] survivors of one video, or [K, C + 9] with their positions."""
