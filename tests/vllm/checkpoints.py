@@ -131,8 +131,10 @@ def _tokenizer(*special: str) -> PreTrainedTokenizerFast:
 
 def _template(kind: str) -> str:
     image, video = _PLACES[kind]
-    return _TEMPLATE.replace("IMAGE", image.replace("\n", "\\n")).replace("VIDEO", video.replace("\n", "\\n")).replace(
-        "\\n", "\n"
+    return (
+        _TEMPLATE.replace("IMAGE", image.replace("\n", "\\n"))
+        .replace("VIDEO", video.replace("\n", "\\n"))
+        .replace("\\n", "\n")
     )
 
 

@@ -1,5 +1,6 @@
-"""Tests with vLLM, whose CPU build needs an environment of its own: scripts/test_vllm.sh makes it and runs them. Without
-the variable that it sets, nothing here is collected.
+"""Tests with vLLM, whose CPU build needs an environment of its own: scripts/test_vllm.sh makes it and runs them.
+
+Without the variable that it sets, nothing here is collected.
 """
 
 from __future__ import annotations

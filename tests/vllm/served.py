@@ -43,7 +43,9 @@ class Ask:
     def text(self, kind: str) -> str:
         """The prompt as the chat template writes it."""
         places = checkpoints.places(kind)
-        said = [part if isinstance(part, str) else places["video" if part.ndim == 4 else "image"] for part in self.parts]
+        said = [
+            part if isinstance(part, str) else places["video" if part.ndim == 4 else "image"] for part in self.parts
+        ]
         return f"<|im_start|>user\n{''.join(said)}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -174,7 +176,8 @@ class Local:
         """The images and videos of a prompt, none compressed."""
         config = self.model.config
         merge, found = config.vision_config.spatial_merge_size, []
-        grids = {config.image_token_id: kwargs.get("image_grid_thw"), config.video_token_id: kwargs.get("video_grid_thw")}
+        image, video = config.image_token_id, config.video_token_id
+        grids = {image: kwargs.get("image_grid_thw"), video: kwargs.get("video_grid_thw")}
         rate = getattr(config.vision_config, "tokens_per_second", 1)
         times = kwargs.get("second_per_grid_ts")
         for token, each in grids.items():
@@ -182,9 +185,9 @@ class Local:
             for i, (t, h, w) in enumerate([] if each is None else each.tolist()):
                 column += int((ids[column:] == token).nonzero()[0])
                 grid = (t, h // merge, w // merge)
-                video = token == config.video_token_id and times is not None
+                timed = token == video and times is not None
                 count = t * (h // merge) * (w // merge)
-                found.append(Medium(column, count, grid, rate * float(times[i]) if video else 1.0))
+                found.append(Medium(column, count, grid, rate * float(times[i]) if timed else 1.0))
                 column += count
         return sorted(found, key=lambda medium: medium.offset)
 

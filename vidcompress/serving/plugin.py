@@ -74,9 +74,9 @@ def _look_at_configs(config_class: Any, refusal: str | None) -> None:
         return
 
     @functools.wraps(original)
-    def try_verify_and_update_config(self: Any) -> None:
+    def try_verify_and_update_config(self: Any) -> Any:
         _prepare(self, refusal)
-        original(self)
+        return original(self)
 
     try_verify_and_update_config._vidcompress = True  # type: ignore[attr-defined]
     config_class.try_verify_and_update_config = try_verify_and_update_config

@@ -6,6 +6,7 @@ gave without the prompt. So only methods are served that act before the LLM, kee
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -132,7 +133,8 @@ def _refuse(pipeline: Pipeline, depth: int) -> None:
             raise ValueError(f"{method.name} cannot be served: it {why}. Served are: {', '.join(servable(depth))}")
 
 
-def servable(depth: int) -> list[str]:
+@functools.cache
+def servable(depth: int) -> tuple[str, ...]:
     """Names of the methods that can be served with a decoder of so many layers, by their default settings."""
     names = []
     for name, cls in list_methods().items():
@@ -143,7 +145,7 @@ def servable(depth: int) -> list[str]:
             outer = False
         if outer and method.exact and method.needs <= SIGNALS:
             names.append(name)
-    return names
+    return tuple(names)
 
 
 def _said_positions(compression: Any) -> str | None:
