@@ -157,7 +157,8 @@ class Reducing:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         serving = Serving.of(vllm_config.model_config.hf_config)
         assert serving is not None
-        self.serving, self.patch = serving, patches.find(self.config)
+        self.serving = serving
+        self.patch: Any = patches.find(self.config)
         log_active("model", serving)
 
     @property
@@ -207,7 +208,8 @@ class Attention:
 
     def __init__(self, module: Any) -> None:
         self.armed, self.scale = False, module.scale
-        self.query = self.key = None
+        self.query: Any = None
+        self.key: Any = None
         module.register_forward_hook(self._saw, with_kwargs=True)
 
     def _saw(self, module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -251,7 +253,7 @@ class QwenReducing(Reducing):
         return tuple(map(self._reduced, one, times))
 
     def _reduced(self, video_input: Any, seconds: float) -> Tensor:
-        """[K, C] survivors of one video, or [K, C + 9] with their positions."""
+        """[K, C] survivors of one video whose frames are so many positions apart, or [K, C + 9] with their own."""
         grids, saliency, merge = video_input["video_grid_thw"], {}, self.config.vision_config.spatial_merge_size
         if self.attention is not None:
             self.attention.armed = True

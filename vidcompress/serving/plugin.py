@@ -85,7 +85,7 @@ def _look_at_configs(config_class: Any, refusal: str | None) -> None:
 def _prepare(vllm_config: Any, refusal: str | None) -> None:
     """Checks the settings of an engine and turns its model into a compressed one; ValueError if that cannot be."""
     model_config = vllm_config.model_config
-    config = getattr(model_config, "hf_config", None)
+    config: Any = getattr(model_config, "hf_config", None)
     compression = getattr(config, KEY, None)
     if compression is None or hasattr(config, RESOLVED):
         return

@@ -184,7 +184,8 @@ def _head(method: Method, config: Any) -> str | None:
         return None
     if not method.needs & SIGNALS:
         return None
-    model = SimpleNamespace(base_model=SimpleNamespace(config=config))  # a patch asks models; only its config is known
+    # a patch asks models, of which only the config is known here
+    model: Any = SimpleNamespace(base_model=SimpleNamespace(config=config))
     source = patch.default_head(model) if wanted in ("auto", None) else wanted
     if source in (None, "none"):
         reason = "siglip_head is 'none'" if wanted == "none" else "no published SigLIP head fits this vision tower"
