@@ -3,17 +3,20 @@
 # make test-oldest the same with the oldest supported transformers
 # make test-lmms-eval  lmms-eval itself, offline, in an environment of its own (5 minutes)
 # make test-report the pages of `vidcompress report` in Chromium (needs chromium and chromedriver)
+# make test-vllm   the serving plugin with vLLM's CPU build, in an environment of its own (3.6 GB)
 # make lint        ruff
 # make types       mypy on the installed wheel
 # make check       lint, types, test
 # make tables      what is generated: tables of README.md, scripts/reproduce
 # make bench       times of all methods at the size of LLaVA-OneVision-7B
 #
-# Variables: PYTHON (3.11 or newer, default python3), VENV (.venv), VENV_OLDEST (.venv-oldest), ARGS.
+# Variables: PYTHON (3.11 or newer, default python3), VENV (.venv), VENV_OLDEST (.venv-oldest), VENV_VLLM (.venv-vllm),
+# ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_VLLM ?= .venv-vllm
 ARGS ?=
 
 PY := $(abspath $(VENV))/bin/python
@@ -22,7 +25,7 @@ FILES := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-lmms-eval test-report lint types check tables bench clean
+.PHONY: help demo test test-oldest test-lmms-eval test-report test-vllm lint types check tables bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -45,6 +48,9 @@ test-lmms-eval:
 test-report: $(VENV)/.installed-dev
 	VENV=$(VENV) bash scripts/test_report.sh
 
+test-vllm:
+	PYTHON="$(PYTHON)" VENV_VLLM="$(VENV_VLLM)" scripts/test_vllm.sh $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 
@@ -65,7 +71,7 @@ tables: $(VENV)/.installed-dev
 	$(PY) scripts/make_reproduce.py
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(VENV_OLDEST) .venv-eval .venv-ray .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) $(VENV_OLDEST) $(VENV_VLLM) .venv-eval .venv-ray .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamps are newer than the files they depend on, so pip runs again only when one of these has changed.
 $(VENV)/.installed-demo: $(FILES) | $(VENV)/bin/python

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import vidcompress
 from vidcompress import patches
 from vidcompress.method import Method
 from vidcompress.serving.positions import Medium, of_prompt
+from vidcompress.serving.settings import RESOLVED, resolve
 
 STEPS = 8
 RATE = 2.0  # frames a second
@@ -98,6 +98,19 @@ class Served:
         core = self.engine.llm_engine.engine_core.engine_core
         return core.model_executor.driver_worker.worker.model_runner.model
 
+    @contextmanager
+    def serving(self, compression: Any) -> Iterator[None]:
+        """Another method meanwhile, whose signals the engine's own one needs, too: starting an engine takes long."""
+        model, config = self.model, self.engine.model_config.hf_config
+        before, other = model.serving, resolve(compression, config)
+        try:
+            model.serving = other
+            setattr(config, RESOLVED, other.to_dict())
+            yield
+        finally:
+            model.serving = before
+            setattr(config, RESOLVED, before.to_dict())
+
 
 @contextmanager
 def served(kind: str, checkpoint: Path, compression: Any = None, **options: Any) -> Iterator[Served]:
@@ -139,14 +152,21 @@ class Local:
         self.kind, self.processor = kind, AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.handle = None
+        self.compress(compression)
+        if kind != "llava_onevision":
+            self.model.model.get_rope_index = self._rope_index
+
+    def compress(self, compression: Any) -> None:
+        """Uses this method from now on, with the positions that the server gives."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None
         if compression is not None:
             method = vidcompress.load(compression)
             assert isinstance(method, Method)
             if patches.find(self.model.config).rotary_axes == 1:
                 method = replace(method, positions="renumber")
             self.handle = vidcompress.apply(self.model, method)
-        if kind != "llava_onevision":
-            self.model.model.get_rope_index = self._rope_index
 
     def inputs(self, ask: Ask) -> Any:
         media: dict[str, Any] = {"images": ask.images} if ask.images else {}
@@ -190,8 +210,3 @@ class Local:
                 found.append(Medium(column, count, grid, rate * float(times[i]) if timed else 1.0))
                 column += count
         return sorted(found, key=lambda medium: medium.offset)
-
-
-def dumps(compression: Any) -> str:
-    """The argument of --hf-overrides."""
-    return json.dumps({"vidcompress": compression})

@@ -9,10 +9,10 @@ import torch
 from served import STEPS, Ask, Local, one, served
 from vllm.exceptions import VLLMValidationError
 
-from vidcompress import load
+from vidcompress import Site, VideoTokens, load
 from vidcompress.serving.positions import of_prompt
 
-kinds = pytest.mark.parametrize("kind", checkpoints.KINDS)
+some = pytest.mark.parametrize("some_kind", ["llava_onevision", "qwen2_5_vl"])
 RATIO = 0.3
 FRAME = {"llava_onevision": (3, 3), "qwen2_vl": (4, 6), "qwen2_5_vl": (4, 6)}  # rows and columns of tokens
 IMAGE = checkpoints.clip(1, seed=5)[0]
@@ -24,13 +24,30 @@ def compression(kind: str, checkpoint, method: str = "infomerge", ratio: float =
     return {**settings, "siglip_head": str(checkpoint / "siglip")} if kind == "llava_onevision" else settings
 
 
+def several(kind: str) -> list[Ask]:
+    """Prompts that stock vLLM takes: it fails where LLaVA-OneVision's videos of other lengths come together."""
+    first, second = checkpoints.clip(8), checkpoints.clip(8 if kind == "llava_onevision" else 4, seed=3)
+    return [one(8, seed=1), one(24, seed=2), Ask([first, "a", IMAGE, "b", second, "c"])]
+
+
 @pytest.fixture(scope="module", params=checkpoints.KINDS)
-def pair(request, checkpoint):
-    """A server and a model of transformers that compress alike."""
-    kind, folder = request.param, checkpoint(request.param)
-    said = compression(kind, folder)
-    with served(kind, folder, said) as server:
-        yield server, Local(kind, folder, said)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stock(kind, checkpoint):
+    """What a stock server answers to `several`, and the positions of all it computed."""
+    with served(kind, checkpoint(kind)) as server:
+        return [(server.answer([ask]), list(server.positions)) for ask in several(kind)]
+
+
+@pytest.fixture(scope="module")
+def pair(kind, stock, checkpoint):
+    """A server and a model of transformers that compress alike; started when the stock server has ended."""
+    said = compression(kind, checkpoint(kind))
+    with served(kind, checkpoint(kind), said) as server:
+        yield server, Local(kind, checkpoint(kind), said)
 
 
 def text_length(server, ask: Ask) -> int:
@@ -125,85 +142,97 @@ def test_bad_prompts_fail_alone(pair):
     assert server.answer([one(8)]) == server.answer([one(8)])
 
 
-@kinds
-def test_everything_kept_is_stock(kind, checkpoint):
-    asks = [
-        one(8, seed=1),
-        one(24, seed=2),
-        Ask([checkpoints.clip(4), "a", IMAGE, "b", checkpoints.clip(8, seed=3), "c"]),
-    ]
-    folder = checkpoint(kind)
-    with served(kind, folder) as server:
-        stock, positions = server.answer(asks), server.positions[0].clone()
-    with served(kind, folder, compression(kind, folder, ratio=1.0)) as server:
-        assert server.answer(asks) == stock
-        assert torch.equal(server.positions[0], positions)
+OTHERS = ["random", "uniform_frames", "tome", "dycoke", "vidcom2", "divprune", "fastvid"]
 
 
-@kinds
-def test_prefill_in_chunks(kind, checkpoint):
-    folder = checkpoint(kind)
-    asks = [one(24, seed=i, words=f"What is {i}?") for i in range(3)]
-    said = compression(kind, folder)
-    with served(kind, folder, said) as server:
-        whole = server.answer(asks)
-    small = {"max_num_batched_tokens": 24, "enable_chunked_prefill": True}
-    with served(kind, folder, said, **small, max_num_seqs=4) as server:
-        assert server.answer(asks) == whole
-        assert max(p.shape[-1] for p in server.positions) <= 24 < whole[0][0]
+def test_other_methods(pair, checkpoint):
+    server, local = pair
+    asks = [one(8, seed=7), Ask([IMAGE, "b", checkpoints.clip(24, seed=8), "c"])]
+    usual = compression(server.kind, checkpoint(server.kind))
+    try:
+        for name in OTHERS:
+            said = {**usual, "method": name} if name == "fastvid" else {"method": name}
+            local.compress(said)
+            with server.serving(said):
+                assert server.answer(asks) == [local.answer(ask) for ask in asks], name
+    finally:
+        local.compress(usual)
 
 
-@kinds
-def test_ranks_decide_the_same(kind, checkpoint):
-    folder = checkpoint(kind)
-    asks = [one(8, seed=i) for i in range(3)]
-    said = compression(kind, folder, "fastvid")
-    with served(kind, folder, said) as server:
-        single = server.answer(asks)
-    with served(kind, folder, said, tensor_parallel_size=2) as server:
-        assert server.answer(asks) == single
-
-
-@pytest.mark.parametrize("method", ["uniform_frames", "tome", "dycoke", "vidcom2", "divprune", "prunevid_outer"])
-@pytest.mark.parametrize("kind", ["llava_onevision", "qwen2_5_vl"])
-def test_other_methods(kind, method, checkpoint):
-    said = {"method": method}
-    with served(kind, checkpoint(kind), said) as server:
-        ask = one(8, seed=7)
-        assert server.answer([ask])[0] == Local(kind, checkpoint(kind), said).answer(ask)
-
-
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
-def test_positions_in_bfloat16(kind, checkpoint):
-    folder = checkpoint(kind)
-    said = {"method": "uniform_tokens", "retention_ratio": 0.05}
-    with served(kind, folder, said, dtype="bfloat16", max_model_len=2048) as server:
-        ask = one(1100, seed=1)
-        ((length, _),) = server.answer([ask])
-        times = server.positions[0][0, :length]
-        kept = load(said).budget((550, 1, 12))
-        own = times[20 : 20 + kept] - 20
-        index = torch.div(torch.arange(kept) * 550 * 12, kept, rounding_mode="floor") // 12
-        assert own.max() > 512 and (own.diff() >= 0).all() and len(own.unique()) > 200
-        assert torch.isin(own, index.unique() * (2 if kind == "qwen2_5_vl" else 1)).float().mean() > 0.9
-
-
-def test_numbering_anew(checkpoint):
-    kind, said = "qwen2_5_vl", {"method": "uniform_tokens", "retention_ratio": 0.2, "positions": "renumber"}
+def test_numbering_anew(pair, checkpoint):
+    server, local = pair
+    said = {"method": "uniform_tokens", "retention_ratio": 0.2, "positions": "renumber"}
     ask = Ask([IMAGE, "b", checkpoints.clip(24), "c"])
-    with served(kind, checkpoint(kind), said) as server:
-        ((length, tokens),) = server.answer([ask])
-        assert torch.equal(server.positions[0][:, :length], torch.arange(length).expand(3, -1))
-        assert (length, tokens) == Local(kind, checkpoint(kind), said).answer(ask)
+    local.compress(said)
+    try:
+        with server.serving(said):
+            found = server.answer([ask])
+            everything = torch.cat(server.positions, -1)
+            assert torch.equal(everything, torch.arange(found[0][0] + STEPS - 1).expand_as(everything))
+            assert found == [local.answer(ask)]
+    finally:
+        local.compress(compression(server.kind, checkpoint(server.kind)))
 
 
-def test_a_video_of_nan_does_not_stop_the_others(checkpoint):
-    kind = "llava_onevision"
-    folder = checkpoint(kind)
-    with served(kind, folder, compression(kind, folder)) as server:
-        fine = server.answer([one(8)])
-        tower, normal = server.model.vision_tower, server.model.vision_tower.forward
-        tower.forward = lambda *args, **kwargs: normal(*args, **kwargs) * np.nan
-        assert len(server.answer([one(8, seed=9)])[0][1]) == STEPS
+def test_everything_kept_is_stock(pair, stock, checkpoint):
+    server, _ = pair
+    with server.serving(compression(server.kind, checkpoint(server.kind), ratio=1.0)):
+        for ask, (answers, positions) in zip(several(server.kind), stock, strict=True):
+            assert server.answer([ask]) == answers
+            assert all(torch.equal(a, b) for a, b in zip(server.positions, positions, strict=True))
+
+
+def test_other_settings_share_no_cache(pair, checkpoint):
+    server, _ = pair
+    ask = one(24, seed=11)
+    server.answer([ask])
+    assert server.answer([ask]) and server.cached[0] > 0
+    with server.serving({**compression(server.kind, checkpoint(server.kind)), "temperature": 3.0}):
+        server.answer([ask])
+        assert server.cached == [0]  # the first block of 32 holds some of the video
+
+
+def test_a_video_of_nan_does_not_stop_the_others(pair):
+    server, _ = pair
+    fine = server.answer([one(8, seed=12)], salt="before")
+    tower = server.model.vision_tower if server.kind == "llava_onevision" else server.model.visual
+    normal = tower.forward
+    tower.forward = lambda *args, **kwargs: normal(*args, **kwargs) * np.nan
+    try:
+        assert len(server.answer([one(8, seed=13)])[0][1]) == STEPS
+    finally:
         tower.forward = normal
-        assert server.answer([one(8)], salt="fresh") == fine
+    assert server.answer([one(8, seed=12)], salt="after") == fine
+
+
+@some
+def test_prefill_in_chunks(some_kind, checkpoint):
+    folder = checkpoint(some_kind)
+    said, asks = compression(some_kind, folder), [one(24, seed=i, words=f"What is {i}?") for i in range(3)]
+    small = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "max_num_seqs": 4}
+    with served(some_kind, folder, said, **small) as server:
+        local = Local(some_kind, folder, said)
+        assert server.answer(asks) == [local.answer(ask) for ask in asks]
+        assert max(p.shape[-1] for p in server.positions) <= 48
+
+
+@some
+def test_ranks_decide_the_same(some_kind, checkpoint):
+    folder = checkpoint(some_kind)
+    said, asks = compression(some_kind, folder), [one(8, seed=i) for i in range(3)]
+    with served(some_kind, folder, said, tensor_parallel_size=2) as server:
+        local = Local(some_kind, folder, said)
+        assert server.answer(asks) == [local.answer(ask) for ask in asks]
+
+
+def test_positions_in_bfloat16(checkpoint):
+    kind, said = "qwen2_5_vl", {"method": "uniform_tokens", "retention_ratio": 0.05}
+    with served(kind, checkpoint(kind), said, dtype="bfloat16", max_model_len=2048) as server:
+        ((length, _),) = server.answer([one(1100, seed=1)])
+        times = server.positions[0][0, :length]
+        grid = (550, *FRAME[kind])
+        method = load(said)
+        kept = method.reduce(VideoTokens(torch.zeros(550 * 24, 1), grid), Site.projector()).keep
+        first = int((times.diff() != 1).nonzero()[0]) + 1
+        assert torch.equal(times[first : first + len(kept)] - times[first], 2 * (kept // 24))
+        assert times.max() > 1000
