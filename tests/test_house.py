@@ -306,6 +306,7 @@ ARROWS = {
     "trace": {"tokens"},
     "engine": {"engine", "patches", "config", "method", "tokens", "trace", "ops", "compat", "precision"},
     "patches": {"patches", "engine", "method", "tokens"},
+    "serving": {"serving", "patches", "engine", "config", "method", "tokens", "precision"},
     "compat": set(),
     "video": {"compat"},
     "configs": set(),

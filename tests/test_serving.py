@@ -388,7 +388,7 @@ def test_positions_travel_exactly(dtype):
 
 
 # -- one video ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["infomerge", "fastvid", "vidcom2", "tome", "dycoke"])
+@pytest.mark.parametrize("name", ["infomerge", "fastvid", "vidcom2", "tome", "dycoke_outer"])
 def test_a_video_is_reduced_as_by_the_method(name):
     grid, generator = (6, 3, 4), torch.Generator().manual_seed(0)
     features = torch.randn(72, 16, generator=generator)

@@ -15,6 +15,7 @@ if "VIDCOMPRESS_VLLM" not in os.environ:
 else:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # tiny models; read when torch is imported
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that tests can look inside

@@ -142,7 +142,7 @@ def test_bad_prompts_fail_alone(pair):
     assert server.answer([one(8)]) == server.answer([one(8)])
 
 
-OTHERS = ["random", "uniform_frames", "tome", "dycoke", "vidcom2", "divprune", "fastvid"]
+OTHERS = ["random", "uniform_frames", "tome", "dycoke_outer", "vidcom2", "divprune", "fastvid"]
 
 
 def test_other_methods(pair, checkpoint):
