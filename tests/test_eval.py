@@ -134,6 +134,7 @@ def test_what_cannot_be_evaluated(model, processor):
         evaluated(model, processor)
     with pytest.raises(ValueError, match=r"ratio 1\.5 is not in"):
         evaluated(model, processor, methods=["random"], retention_ratios=[1.5])
+    assert "dycoke" in run.choose("all") and "dycoke_decoding" not in run.choose("all")
     with pytest.raises(ValueError, match="names no method"):
         run.choose(" , ")
     with pytest.raises(ValueError, match="unknown compression 'infomerg'"):

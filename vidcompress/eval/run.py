@@ -24,12 +24,13 @@ NONE = "none"
 
 
 def choose(names: str) -> list[str]:
-    """The methods of a comma-separated list; "all" are all but those that take minutes.
+    """The methods of a comma-separated list; "all" are all but those that take minutes, and those that only act between
+    decoding steps, which an answer of one word does not have.
 
     Raises ValueError for a name that is neither a method nor a preset, or for an empty list.
     """
     if names == "all":
-        return [name for name, cls in list_methods().items() if not cls.slow]
+        return [name for name, cls in list_methods().items() if not cls.slow and _acts_on_prompts(name)]
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if not chosen:
         raise ValueError(f"--methods {names!r} names no method; expected all, or names such as infomerge,fastvid")
@@ -87,6 +88,10 @@ def evaluate(
             if out is not None:
                 results.save(out)
             yield results, results.runs[-1]
+
+
+def _acts_on_prompts(name: str) -> bool:
+    return not all(site.is_decoding for method in Pipeline.of(load(name)) for site in method.sites())
 
 
 def _loaded(method: str, ratio: float) -> Any:
