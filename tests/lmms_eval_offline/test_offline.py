@@ -53,7 +53,7 @@ class Runs:
         (self.folder / "task" / "clips.jsonl").write_text(lines)
 
     def run(
-        self, name: str, launcher: list[str] | None = None, batch: int = 1, limit: float = 300, **more: Any
+        self, name: str, launcher: list[str] | None = None, batch: int = 1, limit: float = 1200, **more: Any
     ) -> subprocess.CompletedProcess[str]:
         """The command in the folder of the task; its output below `name`, its record in `name`/record."""
         given = {
@@ -161,7 +161,7 @@ def test_a_crash_leaves_no_results_and_the_next_run_goes_on(runs, single):
     assert f"task vidcompress_clips, document {bad}: ValueError: " in done.stderr and "damaged" in done.stderr
     assert runs.recorded("crash") == {"answers-0": bad}
     # Two processes: the one that fails ends, and does not let the other wait.
-    done = runs.run("crash2", [*TWO, "29619"], limit=120, compression="uniform_tokens", retention_ratio=0.25)
+    done = runs.run("crash2", [*TWO, "29619"], compression="uniform_tokens", retention_ratio=0.25)
     assert done.returncode != 0 and f"document {bad}" in done.stderr
     with pytest.raises(AssertionError, match="0 results files"):
         runs.results("crash2")

@@ -37,7 +37,7 @@ class Journal:
     def __init__(self, folder: str | os.PathLike, facts: dict[str, Any], rank: int = 0) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim(json.loads(json.dumps(facts)))
+        self._claim(json.loads(json.dumps(facts)), rank)
         self.answers: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             self.answers |= {entry["key"]: entry for entry in _entries(path)}
@@ -45,10 +45,10 @@ class Journal:
         _cut_off_half_a_line(self._own)
         self._file = self._own.open("a", encoding="utf-8")
 
-    def _claim(self, facts: dict[str, Any]) -> None:
+    def _claim(self, facts: dict[str, Any], rank: int) -> None:
         path = self.folder / RUN
         if not path.exists():
-            fresh = path.with_suffix(f".{os.getpid()}")  # several processes begin at once, and write the same
+            fresh = path.with_suffix(f".{rank}")  # several processes begin at once, and write the same
             fresh.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             os.replace(fresh, path)
         there = json.loads(path.read_text(encoding="utf-8"))
