@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.model_executor.models import llava_onevision, qwen2_5_vl, qwen2_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
@@ -78,23 +78,21 @@ class Counting:
         if isinstance(inputs.mm_data_items.get("video"), (EmbeddingItems, DictEmbeddingItems)):
             raise ValueError("embeddings of videos cannot be compressed, which needs the encoder; send the video")
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        if self.separate:
-            ids, ranges = result["prompt_token_ids"], result["mm_placeholders"]
-            self._refuse_joined(ids, {modality: ranges.get(modality, []) for modality in ("image", "video")})
+        ranges = result["mm_placeholders"]
+        if self.separate and ranges.get("video"):
+            self._refuse_joined(result["prompt_token_ids"], [*ranges["video"], *ranges.get("image", [])])
         return result
 
-    def _refuse_joined(self, ids: list[int], ranges: Mapping[str, Sequence[Any]]) -> None:
-        config, spans = self.info.get_hf_config(), sorted((r.offset, r.length) for rs in ranges.values() for r in rs)
-        found = sum(ids.count(token) for token in (config.image_token_id, config.video_token_id))
-        if found != sum(length for _, length in spans):
+    def _refuse_joined(self, ids: list[int], ranges: Sequence[Any]) -> None:
+        config, spans = self.info.get_hf_config(), sorted((found.offset, found.length) for found in ranges)
+        here, needed = sum(map(ids.count, (config.image_token_id, config.video_token_id))), sum(n for _, n in spans)
+        if here != needed:
             raise ValueError(
-                f"the prompt holds {found} placeholders of images and videos, and what is attached needs "
-                f"{sum(length for _, length in spans)}: write no placeholder yourself"
+                f"the prompt holds {here} placeholders of images and videos, and what is attached needs {needed}: "
+                "write no placeholder yourself"
             )
         ends = [offset + length for offset, length in spans]
-        if not ranges["video"]:
-            return
-        if ends[-1] == len(ids) or any(end == offset for end, (offset, _) in zip(ends, spans[1:], strict=False)):
+        if any(end == begin for end, begin in zip(ends, [*(offset for offset, _ in spans[1:]), len(ids)], strict=True)):
             raise ValueError("behind a video, and between media, there must be text (a chat template puts some there)")
 
 
@@ -159,6 +157,11 @@ class Reducing:
         assert serving is not None
         self.serving = serving
         self.patch: Any = patches.find(self.config)
+        if get_tp_group().broadcast_object(serving.fingerprint) != serving.fingerprint:
+            raise RuntimeError(
+                f"rank {get_tp_group().rank_in_group} would serve {serving} of vidcompress {serving.version}, and the "
+                "first rank something else: start every host with the same options and version of vidcompress"
+            )
         log_active("model", serving)
 
     @property
@@ -222,15 +225,14 @@ class Attention:
         self.query = self.key = None
         with full_precision(query.device):
             found = pseudo_query(query, key, self.scale, patches).flatten()
-        return tensor_model_parallel_all_reduce(found) / get_tensor_model_parallel_world_size()
+        return tensor_model_parallel_all_reduce(found) / get_tp_group().world_size
 
 
 class QwenReducing(Reducing):
     """Qwen2-VL and Qwen2.5-VL, whose survivors bring their rotary positions along (`vidcompress.serving.positions`)."""
 
     visual: Any
-    supports_multimodal_pruning = True
-    supported_video_pruning_methods = ("evs",)
+    supports_multimodal_pruning = True  # a runner that finds it so asks for positions (`recompute_mrope_positions`)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

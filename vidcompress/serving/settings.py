@@ -81,8 +81,15 @@ class Serving:
                 f"this host has vidcompress {vidcompress.__version__}, and the engine was started by one with "
                 f"{resolved['version']}; they might keep different tokens. Install the same version everywhere"
             )
-        method = list_methods()[resolved["method"]["name"]](**resolved["method"]["settings"])
-        return cls(method, resolved["head"], resolved["version"])
+        return _made(json.dumps(resolved))
+
+
+@functools.lru_cache(maxsize=4)
+def _made(resolved: str) -> Serving:
+    """What JSON of `Serving.to_dict` says; asked for with every request."""
+    said = json.loads(resolved)
+    method = list_methods()[said["method"]["name"]](**said["method"]["settings"])
+    return Serving(method, said["head"], said["version"])
 
 
 def resolve(compression: Any, config: Any) -> Serving:
