@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -52,7 +53,7 @@ class Row:
 def quantile(values: list[float], q: float) -> float:
     """The nearest-rank quantile; nan of nothing."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(q * len(ordered) + 0.5) - 1))] if ordered else float("nan")
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else float("nan")
 
 
 def make_clips(folder: Path, count: int, frames: int, side: int) -> list[Path]:

@@ -5,9 +5,11 @@ Tests with vLLM itself are in tests/vllm (`make test-vllm`).
 
 from __future__ import annotations
 
+import runpy
 import sys
 import types
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -268,8 +270,6 @@ def test_other_releases_of_vllm(version, fake_vllm, monkeypatch):
 
 def test_the_range_is_that_of_the_extra():
     assert plugin.unsupported("0.32.0") is plugin.unsupported("0.32.5.dev1+cpu") is None
-    from pathlib import Path
-
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     low, high = (".".join(map(str, bound)) for bound in plugin.SUPPORTED)
     assert f'vllm = ["vllm>={low},<{high}"]' in text
@@ -415,3 +415,16 @@ def test_a_video_of_nan_keeps_its_count(caplog):
     with caplog.at_level("ERROR"):
         kept, places = reduce.shortened(method, features, (2, 3, 4), {"saliency.head": torch.rand(24)})
     assert len(kept) == method.budget((2, 3, 4)) == len(places.unique()) and "NaN" in caplog.text
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+def test_the_benchmark_without_vllm(monkeypatch, tmp_path):
+    script = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "bench_serving.py"))
+    quantile = script["quantile"]
+    assert [quantile([4.0, 1.0, 3.0, 2.0], q) for q in (0.25, 0.5, 0.75, 0.99)] == [1.0, 2.0, 3.0, 4.0]
+    assert quantile([7.0], 0.5) == 7.0 and quantile([], 0.5) != quantile([], 0.5)
+    clips = script["make_clips"](tmp_path, 3, 4, 32)
+    assert len({clip.read_bytes() for clip in clips}) == 3
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r'vllm.*pip install "vidcompress-transformers\[vllm\]"'):
+        script["main"]([])
