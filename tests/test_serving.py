@@ -155,6 +155,11 @@ def test_the_head_is_found_or_asked_for():
     for said, reason in (("auto", "no published SigLIP head fits"), ("none", "siglip_head is 'none'")):
         with pytest.raises(ValueError, match=f"{reason}.*Set siglip_head"):
             settings.resolve({"method": "fastvid", "siglip_head": said}, tiny)
+    for name, value in (("vision_feature_layer", [-2, -1]), ("vision_feature_select_strategy", "default")):
+        odd = LlavaOnevisionConfig(**{name: value})
+        assert settings.resolve("vidcom2", odd).head is None
+        with pytest.raises(ValueError, match=f"fastvid cannot be served: the pooling head.*{name}"):
+            settings.resolve("fastvid", odd)
 
 
 # -- the plugin, with a stand-in for vLLM ------------------------------------------------------------------------------

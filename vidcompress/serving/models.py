@@ -287,11 +287,15 @@ class QwenReducing(Reducing):
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """The features without what travelled with them, positions [3, N], and what to add behind the prompt."""
-        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
         width = self.config.get_text_config().hidden_size
-        now = positions.placed(mrope_positions, media, multimodal_embeddings, num_computed_tokens, width)
-        return [e[:, :width] for e in multimodal_embeddings], now, int(now.max()) + 1 - now.shape[1]
+        if multimodal_embeddings:  # not so while an answer is written
+            ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+            media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+            mrope_positions = positions.placed(
+                mrope_positions, media, multimodal_embeddings, num_computed_tokens, width
+            )
+        behind = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
+        return [e[:, :width] for e in multimodal_embeddings], mrope_positions, behind
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -200,4 +200,10 @@ def _head(method: Method, config: Any) -> str | None:
             f"{method.name} cannot be served: it takes its saliency from SigLIP's pooling head, and {reason}. Set "
             "siglip_head to a folder, file or hub id of the SigLIP checkpoint, readable on every host"
         )
+    if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "full":
+        raise ValueError(
+            f"{method.name} cannot be served: the pooling head takes one layer's features of all patches, and this "
+            f"model uses vision_feature_layer={config.vision_feature_layer}, "
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r}"
+        )
     return source
