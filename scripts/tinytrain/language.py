@@ -26,6 +26,8 @@ from vidcompress.eval.tinyqa.words import VOCABULARY, encode
 
 BATCH, PACKED, BLOCK = 8, 8, 16  # clips a step, questions a clip, ids a question
 KEPT = (0.1, 0.5)  # of a clip's tokens, in the control run with drops
+HARD = {"place": 2.0, "direction": 2.0}
+"""Types that are learnt last, and what their loss counts."""
 CURRICULUM = ((0.3, (4, 8)), (0.5, (8, 12)), (1.0, (FRAMES, FRAMES, FRAMES, 12)))
 """Until which part of training, clips of which lengths."""
 
@@ -172,7 +174,8 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
         rows = torch.arange(BATCH)[:, None]
         logits, ends = head(states[rows, asked]).flatten(0, 1), head(states[rows, asked + 1]).flatten(0, 1)
         answers = torch.tensor([VOCABULARY[q.answer] for q in questions])
-        loss = F.cross_entropy(logits, answers)
+        weights = torch.tensor([HARD.get(q.type, 1.0) for q in questions])
+        loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
         total = loss + 0.05 * F.cross_entropy(ends, torch.full_like(answers, end_of_turn))
         for optimiser in made:
             optimiser.zero_grad()

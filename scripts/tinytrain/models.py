@@ -90,14 +90,6 @@ class Student(ABC):
     def eyes(self) -> list[nn.Module]:
         """Tower and projector: what is trained first and then kept."""
 
-    @torch.no_grad()
-    def stress_place(self, factor: float = 3.0) -> None:
-        """Makes the first two numbers of a token larger. Training writes there where its object is, faintly beside the
-        rest of a token, and the decoder would take very long to find it."""
-        last = _linears(self.eyes[-1])[-1]
-        last.weight[:2] *= factor
-        last.bias[:2] *= factor
-
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes checkpoint and processor, bf16."""

@@ -187,5 +187,4 @@ def train_vision(student: Student, steps: int, seed: int, rate: float = 4e-3) ->
         if step % 50 == 49:
             log.append({"step": step + 1, "cpu_seconds": time.process_time() - start, **report})
             print({k: round(v, 3) for k, v in log[-1].items()}, flush=True)
-    student.stress_place()
     return log
