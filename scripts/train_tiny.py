@@ -33,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=sorted(STUDENTS), default="llava_onevision")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=1800)
-    parser.add_argument("--language-steps", type=int, default=4000)
+    parser.add_argument("--vision-steps", type=int, default=1300)
+    parser.add_argument("--language-steps", type=int, default=3000)
     parser.add_argument("--drops", action="store_true", help="the control run: random tokens are left out")
     parser.add_argument("--eyes", type=Path, help="tower and projector of an earlier run: its eyes.pt")
     parser.add_argument("--out", type=Path, required=True)
@@ -64,10 +64,11 @@ def main() -> None:
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.machine(),
-        "vision": vision,
-        "language": language,
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f'"{name}": {json.dumps(value)}' for name, value in record.items()]
+    logs = {"vision": vision, "language": language}
+    lines += [f'"{name}": [\n' + ",\n".join(map(json.dumps, log)) + "\n]" for name, log in logs.items()]
+    (args.out / "training.json").write_text("{" + ",\n".join(lines) + "}\n")
     print(f"{args.out}: {record['cpu_seconds'] / 60:.0f} CPU minutes")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -97,11 +98,52 @@ def test_bench_inside(capsys):
     assert {row["held"] for row in rows if row["bar"] is None and row["mb_bar"] is None} == {None}
 
 
-def test_make_tiny_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["make_tiny_checkpoint.py", str(tmp_path / "tiny")])
-    runpy.run_path(str(SCRIPTS / "make_tiny_checkpoint.py"), run_name="__main__")
-    assert (tmp_path / "tiny" / "model.safetensors").is_file()
-    assert (tmp_path / "tiny" / "siglip" / "model.safetensors").is_file()
-    monkeypatch.setattr(sys, "argv", ["make_tiny_checkpoint.py"])
-    with pytest.raises(SystemExit, match="usage"):
-        runpy.run_path(str(SCRIPTS / "make_tiny_checkpoint.py"), run_name="__main__")
+@pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
+def test_train_tiny(backbone, tmp_path, monkeypatch):
+    """Two steps of each half: what is saved is a checkpoint that the evaluation takes."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vidcompress.eval import asking
+    from vidcompress.eval.suites import load_suite
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    steps = ["--vision-steps", "2", "--language-steps", "2", "--drops"]
+    monkeypatch.setattr(
+        sys, "argv", ["train_tiny.py", "--backbone", backbone, *steps, "--out", str(tmp_path), "--threads", "1"]
+    )
+    runpy.run_path(str(SCRIPTS / "train_tiny.py"), run_name="__main__")
+    assert json.loads((tmp_path / "training.json").read_text())["backbone"] == backbone
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
+    (sheet,) = asking.prepare(model, AutoProcessor.from_pretrained(tmp_path), load_suite("tinyqa", 1))
+    assert asking.ask(model, sheet).before == (864 if backbone == "llava_onevision" else 432)
+
+
+@pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
+def test_packed_questions_are_exact(backbone, tmp_path, monkeypatch):
+    """What training computes for eight questions at once is what the saved model computes for each alone."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vidcompress.eval import asking
+    from vidcompress.eval.suites import load_suite
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    language, models = (importlib.import_module(f"tinytrain.{name}") for name in ("language", "models"))
+    torch.manual_seed(0)
+    student = models.STUDENTS[backbone]()
+    student.save(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
+    clips = load_suite("tinyqa", 1)
+    (sheet,) = asking.prepare(model, AutoProcessor.from_pretrained(tmp_path), clips)
+    with torch.inference_mode():
+        alone = torch.stack(asking._ask_apart(model, sheet)[0])
+        frames = torch.from_numpy(clips[0].frames[None])
+        seen = student.patches(frames)["tokens"].reshape(1, -1, 128).expand(language.BATCH, -1, -1)
+        embeds, positions = language.Lessons(student, 0, drops=False)._prompt(seen, 24, 72, 72)
+        blocks = [language.block(question) for question in clips[0].questions]
+        ids = torch.tensor(blocks).view(1, -1).expand(language.BATCH, -1)
+        embeds = torch.cat([embeds, student.decoder.embed_tokens(ids)], 1)
+        states = student.decode(embeds, *language.pack(positions))[0]
+        ends = [suffix.shape[1] + len(sheet.prefix[0]) - len(positions[0, 0]) - 1 for suffix in sheet.suffixes]
+        asked = torch.tensor(ends) + torch.arange(8) * language.BLOCK + positions.shape[-1]
+        packed = student.model.lm_head(states[asked])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)

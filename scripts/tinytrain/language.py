@@ -125,7 +125,7 @@ def pack(prefix: Tensor) -> tuple[Tensor, Tensor]:
     mask = torch.ones(start + PACKED * BLOCK, start + PACKED * BLOCK, dtype=torch.bool).tril()
     for first in range(start, len(mask), BLOCK):
         mask[first : first + BLOCK, start:first] = False
-    own = prefix.amax() + 1 + torch.arange(BLOCK).repeat(PACKED)
+    own = prefix[..., -1].amax() + 1 + torch.arange(BLOCK).repeat(PACKED)
     return mask[None, None], torch.cat([prefix, own.expand(*prefix.shape[:2], -1)], -1)
 
 

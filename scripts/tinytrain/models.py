@@ -171,9 +171,11 @@ class LlavaOnevision(Student):
         tower = self.model.model.vision_tower
         wanted = ("head.", "post_layernorm.")
         head = {f"vision_model.{k}": v.bfloat16() for k, v in tower.state_dict().items() if k.startswith(wanted)}
+        kept = tower.head
         del tower.head  # as in every published LLaVA checkpoint: the head lies beside it
-        tower.config.vision_use_head = self.model.config.vision_config.vision_use_head = False
+        self.model.config.vision_config.vision_use_head = False
         self._save_model(folder)
+        tower.head, self.model.config.vision_config.vision_use_head = kept, True
         (folder / "siglip").mkdir(exist_ok=True)
         save_file(head, folder / "siglip" / "model.safetensors", {"format": "pt"})
         pixels: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}, **NORMALISED}
@@ -245,7 +247,7 @@ class Qwen2VL(Student):
         start = len(self.before)
         words = torch.arange(start).expand(3, -1)
         video = start + torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).T
-        return torch.cat([words, video, (video.amax() + 1).expand(3, 1)], 1)
+        return torch.cat([words, video, torch.full((3, 1), start + max(height, width))], 1)
 
     def save(self, folder: Path) -> None:
         from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor

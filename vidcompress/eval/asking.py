@@ -25,7 +25,8 @@ class Sheet:
 
     Attributes:
         media: pixels and grids of the clip, as its processor makes them.
-        prefix: [1, n] ids up to the video's last placeholder.
+        prefix: [1, n] ids that all questions have in common: the video, and what the chat template puts around it.
+        kinds: [1, n] what they stand for, where a processor says so (Qwen's `mm_token_type_ids`); 0 is text.
         suffixes: of every question, the ids [1, m] that follow.
         options: of every question, the id with which each option begins.
         answers: of every question, which option is right.
@@ -34,6 +35,7 @@ class Sheet:
     clip: Clip
     media: Mapping[str, Tensor]
     prefix: Tensor
+    kinds: Tensor | None
     suffixes: tuple[Tensor, ...]
     options: tuple[list[int], ...]
     answers: tuple[int, ...]
@@ -72,7 +74,7 @@ def _sheet(model: Any, processor: Any, clip: Clip) -> Sheet:
     count = len(clip.frames)
     video = Video(clip.frames, 8.0, count, count / 8.0, tuple(range(count)), clip.name)
     inputs = prepare_inputs(processor, video, clip.questions[0].text)
-    ids = inputs.pop("input_ids")
+    ids, kinds = inputs.pop("input_ids"), inputs.pop("mm_token_type_ids", None)
     del inputs["attention_mask"]
     end = int((ids[0] == patches.find(model.config).video_token(model)).nonzero().max()) + 1
     suffixes = [_suffix(processor, question.text) for question in clip.questions]
@@ -81,10 +83,13 @@ def _sheet(model: Any, processor: Any, clip: Clip) -> Sheet:
             f"{type(processor).__name__} makes {ids[0, end:].tolist()} of what follows the video, its tokenizer alone "
             f"{suffixes[0][0].tolist()}; expected the same"
         )
+    common = _common(suffixes)
+    end, suffixes = end + common, [suffix[:, common:] for suffix in suffixes]
     return Sheet(
         clip=clip,
         media={k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()},
         prefix=ids[:, :end].to(model.device),
+        kinds=None if kinds is None else kinds[:, :end].to(model.device),
         suffixes=tuple(s.to(model.device) for s in suffixes),
         options=tuple(_first_ids(processor.tokenizer, q.options) for q in clip.questions),
         answers=tuple(q.options.index(q.answer) for q in clip.questions),
@@ -103,6 +108,13 @@ def _suffix(processor: Any, question: str) -> Tensor:
             "the evaluation asks many questions of one prefilled clip, and methods inside the LLM need it there too"
         )
     return processor.tokenizer(after, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+
+def _common(suffixes: list[Tensor]) -> int:
+    """With how many equal ids they all begin; one is left to each."""
+    most = min(suffix.shape[1] for suffix in suffixes) - 1
+    equal = [all(int(suffix[0, i]) == int(suffixes[0][0, i]) for suffix in suffixes) for i in range(most)]
+    return (equal + [False]).index(False)
 
 
 def _first_ids(tokenizer: Any, options: tuple[str, ...]) -> list[int]:
@@ -124,7 +136,9 @@ def ask(model: Any, sheet: Sheet) -> Reply:
     depth = model.config.get_text_config().num_hidden_layers
     pipeline = () if handle is None else handle.compression
     reads = any(site.is_inner for m in pipeline for site in m.sites(depth)) or any(m.looks(depth) for m in pipeline)
-    logits, records = _ask_apart(model, sheet) if reads else _ask_in_turn(model, sheet)
+    # Qwen's text behind a video stands elsewhere in a later turn than in the same prompt.
+    apart = reads or hasattr(model.model, "rope_deltas")
+    logits, records = _ask_apart(model, sheet) if apart else _ask_in_turn(model, sheet)
     choices = [int(row[torch.tensor(ids, device=row.device)].argmax()) for row, ids in zip(logits, sheet.options)]
     patch = patches.find(model.config)
     before = sum(video.tokens for video in patch.encoded(model, dict(sheet.media), {}))
@@ -143,11 +157,10 @@ def ask(model: Any, sheet: Sheet) -> Reply:
 def _ask_in_turn(model: Any, sheet: Sheet) -> tuple[list[Tensor], list[Prompt]]:
     """Logits [V] after every question, and the record of the one prefill."""
     cache = DynamicCache(config=model.config.get_text_config())
-    model(**sheet.media, **_prompt(sheet.prefix), past_key_values=cache, logits_to_keep=1)
+    model(**sheet.media, **_prompt(sheet.prefix, sheet.kinds), past_key_values=cache, logits_to_keep=1)
     records, logits = _records(model), []
     for suffix in sheet.suffixes:
-        ids = torch.cat([sheet.prefix, suffix], 1)
-        new = {"input_ids": suffix, "attention_mask": torch.ones_like(ids)}
+        new = {"input_ids": suffix, "attention_mask": torch.ones_like(torch.cat([sheet.prefix, suffix], 1))}
         logits.append(model(**new, past_key_values=cache, logits_to_keep=1).logits[0, -1])
         cache.crop(-suffix.shape[1])
     return logits, records
@@ -163,13 +176,17 @@ def _ask_apart(model: Any, sheet: Sheet) -> tuple[list[Tensor], list[Prompt]]:
     logits, records = [], []
     for suffix in sheet.suffixes:
         ids = torch.cat([sheet.prefix, suffix], 1)
-        logits.append(model(**media, **_prompt(ids), use_cache=False, logits_to_keep=1).logits[0, -1])
+        logits.append(model(**media, **_prompt(ids, sheet.kinds), use_cache=False, logits_to_keep=1).logits[0, -1])
         records += _records(model)
     return logits, records
 
 
-def _prompt(ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def _prompt(ids: Tensor, kinds: Tensor | None) -> dict[str, Tensor]:
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kinds is None:
+        return prompt
+    text = kinds.new_zeros(1, ids.shape[1] - kinds.shape[1])
+    return prompt | {"mm_token_type_ids": torch.cat([kinds, text], 1)}
 
 
 def _records(model: Any) -> list[Prompt]:
