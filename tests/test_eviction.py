@@ -421,12 +421,12 @@ def test_caches_that_cannot_shrink_are_refused() -> None:
     says = r"Fading at decoding\[2\], Fading at decoding\[4\] removes tokens from the KV cache .* Use a DynamicCache"
     with pytest.raises(ValueError, match=says):
         generate(model, inputs, cache_implementation="static")
-    odd = empty_cache(model)
+    odd, elsewhere = empty_cache(model), empty_cache(model)
     odd.layers = [Quantised() for _ in odd.layers]
-    for cache in (odd, StaticCache(config=model.config.get_text_config(), max_cache_len=64)):
-        with pytest.raises(
-            ValueError, match=f"a {type(cache).__name__} is allocated as a whole, or does not keep keys"
-        ):
+    elsewhere.offloading = True
+    static = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    for cache, kind in ((odd, "Quantised"), (static, "StaticLayer"), (elsewhere, "offloaded")):
+        with pytest.raises(ValueError, match=rf"this {type(cache).__name__} \({kind}\) is allocated as a whole"):
             model(**inputs, past_key_values=cache)
     generate(model, inputs, 2)  # the model is none the worse
 

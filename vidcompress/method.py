@@ -304,7 +304,8 @@ class Pipeline:
         return self._by_layer(self.counts(grid, depth), grid, depth)
 
     def stored(self, grid: Grid, depth: int = DEPTH) -> list[int]:
-        """Tokens of a (t, h, w) video that every decoder layer's cache holds once decoding has begun."""
+        """Tokens of a (t, h, w) video that each decoder layer's cache holds once decoding has begun; at most so many in
+        layers that ran over fewer than the one whose tokens were chosen from."""
         counts, lengths = self.counts(grid, depth), self.lengths(grid, depth)
         for site in self.evictions(depth):
             lengths[site.layer :] = [min(counts[site], n) for n in lengths[site.layer :]]

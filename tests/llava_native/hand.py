@@ -135,6 +135,8 @@ class Hand:
                 mine = video.columns[video.index]
                 place = torch.searchsorted(columns, mine)
                 signals = {n: s if n == "frame_features" else s[video.index] for n, s in video.signals.items()}
+                if "first_look" in method.needs:
+                    signals["first_look"] = self.first_look(method, entered, mine)
                 if site.is_inner:
                     signals |= self.signals(site.layer, entered, mine)
                 tokens = VideoTokens(
@@ -165,6 +167,12 @@ class Hand:
         video.entered = len(reduction) if layer < 0 else video.entered
         video.notes[method.name] = {**video.notes.get(method.name, {}), **reduction.notes}
         video.decided[layer] = reduction
+
+    def first_look(self, method: Method, entered: list[tuple[Tensor, Tensor]], video: Tensor) -> Tensor:
+        """[M] the share of each of the tokens at columns `video` in what the last one pays to all of them."""
+        layers = method.looks(len(entered))
+        rows = [self.attention(layer, entered)[:, -1, torch.searchsorted(self.at(layer)[0], video)] for layer in layers]
+        return torch.stack([(row / row.sum(1, keepdim=True)).mean(0) for row in rows]).mean(0)
 
     def signals(self, layer: int, entered: list[tuple[Tensor, Tensor]], video: Tensor) -> dict[str, Tensor]:
         """What a layer says of the tokens at columns `video`."""

@@ -48,6 +48,7 @@ COMPRESSIONS: dict[str, list[dict[str, Any]]] = {
     "fastvid official": [{"method": "fastvid", "retention_ratio": 0.3, "dyseg_c": 2, "official": True}],
     "uniform_tokens": [{"method": "uniform_tokens", "retention_ratio": 0.05}],
     "unified_pool": [{"method": "unified_pool", "retention_ratio": 0.2}],
+    "dytok": [{"method": "dytok", "retention_ratio": 0.2}],
     "fastv": [{"method": "fastv", "retention_ratio": 0.3}],
     "pyramiddrop": [{"method": "pyramiddrop"}],
     "text_aware_merge": [{"method": "text_aware_merge", "retention_ratio": 0.3}],

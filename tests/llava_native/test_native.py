@@ -426,6 +426,13 @@ def test_a_prompt_that_was_cut(monkeypatch):
         assert handle.trace.last.length_before == 733
 
 
+def test_what_cuts_into_the_cache_while_decoding():
+    model = plain()
+    says = r"dycoke at decoding\[3\] removes .* transformers 4"
+    with compress(model, "dycoke"), pytest.raises(ValueError, match=says):
+        generate(model, prompt([ONE]))
+
+
 def test_several_images_beside_a_video():
     refuses(prompt([[5, "I", "V", "I", 7]]), "holds several images; give at most one image beside videos")
 

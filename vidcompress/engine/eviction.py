@@ -74,12 +74,18 @@ def cached_videos(plan: Plan) -> tuple[CachedVideo, ...]:
 
 def refuse_fixed_cache(cache: Any, methods: Mapping[Site, Method]) -> None:
     """ValueError for a cache out of which tokens cannot be cut."""
-    layers = getattr(cache, "layers", None)
-    if layers is None or any(type(layer).__name__ != "DynamicLayer" for layer in layers):
-        names = ", ".join(f"{method.name} at {site}" for site, method in methods.items())
+    names = ", ".join(f"{method.name} at {site}" for site, method in methods.items())
+    if not hasattr(cache, "layers"):
         raise ValueError(
-            f"{names} removes tokens from the KV cache between decoding steps; a {type(cache).__name__} is allocated "
-            "as a whole, or does not keep keys as they are, so that nothing would be freed. Use a DynamicCache"
+            f"{names} removes tokens from the KV cache between decoding steps, which is known for caches of "
+            f"transformers 5 only; this {type(cache).__name__} is of transformers 4"
+        )
+    others = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}
+    if others or getattr(cache, "offloading", False):
+        raise ValueError(
+            f"{names} removes tokens from the KV cache between decoding steps; this {type(cache).__name__} "
+            f"({', '.join(sorted(others)) or 'offloaded'}) is allocated as a whole, does not keep keys as they are, or "
+            "keeps them elsewhere, so that nothing could be cut out of it. Use a DynamicCache"
         )
 
 
