@@ -71,13 +71,13 @@ def test_answers_are_those_recorded(method, asked):
 
 
 def test_floors(asked):
-    """The uncompressed model is good, every method but the floors keeps up with chance, and the best come close."""
+    """The uncompressed model is good, methods beat chance, and the best come close."""
     types = RECORDED.counted()
     share = {r.method: asked.accuracy(r, types)[0] for r in asked.runs}
-    assert share["none"] >= 0.9
-    for method in set(METHODS) - {"random", "uniform_frames"}:
-        assert share[method] >= share["random"] - 0.03, method
-    assert max(share[m] for m in METHODS) >= share["none"] - 0.1
+    assert share["none"] >= 0.95
+    for method in set(METHODS) - {"random", "uniform_frames", "hieravid"}:  # which leaves 3 tokens to the last layer
+        assert share[method] >= share["random"] + 0.05, method
+    assert max(share[m] for m in METHODS) >= share["none"] - 0.15
 
 
 def in_reverse(tokens: torch.Tensor) -> torch.Tensor:
