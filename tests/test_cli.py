@@ -200,7 +200,7 @@ def test_eval(vidcompress, tmp_path):
     command = ["eval", "--methods", "random,fastvid", "--retention", "1.0,.1", "--clips", 2, "--threads", 1]
     code, out, err = vidcompress(*command, "--out", tmp_path / "found.json", "--plot", tmp_path / "found.png")
     assert code == 0, err
-    assert "uncompressed" in out and "fastvid" in out and "direction" in out
+    assert "uncompressed 100.0" in out and "fastvid" in out and "by type of question" in out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["method"] for run in found["runs"]] == ["none", "random", "fastvid"]
     assert (tmp_path / "found.png").is_file()
