@@ -1,7 +1,8 @@
 """Offers a vLLM server more and more video requests at a time, with and without compression.
 
-    python scripts/bench_serving.py                                        # a tiny model, any machine: shapes only
     python scripts/bench_serving.py --model llava-hf/llava-onevision-qwen2-7b-ov-hf --frames 32 --dtype bfloat16
+    python tests/vllm/checkpoints.py llava_onevision tiny      # for any machine, where only the curves' shapes count
+    python scripts/bench_serving.py --model tiny -- --enforce-eager --max-model-len 2048
 
 Both servers run one after the other in one run, each asked the same. Weights are random (`--load-format dummy`; say
 `auto` for a checkpoint's own), so that answers mean nothing and times are real. Every request has a clip of its own,
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vidcompress.compat import ensure_torchvision, require
+from vidcompress.compat import require
 
 KV_METRIC = "vllm:kv_cache_usage_perc"
 QUESTION = "What happens in this video?"
@@ -57,29 +58,23 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def make_clips(folder: Path, count: int, frames: int, side: int) -> list[Path]:
-    """So many different mp4s."""
+    """So many different mp4s: a square crosses noise."""
+    import av
     import numpy as np
 
-    from vidcompress.demo import make_clip
-
-    first = make_clip(folder / "clip0.mp4", frames, side)
-    import av
-
-    with av.open(str(first)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    paths = [first]
-    for number in range(1, count):
-        path, generator = folder / f"clip{number}.mp4", np.random.default_rng(number)
+    paths = [folder / f"clip{number}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        generator = np.random.default_rng(number)
+        still = generator.integers(0, 120, (side, side, 3), dtype=np.uint8)
         with av.open(str(path), "w") as container:
             stream = container.add_stream("mpeg4", rate=12)
             stream.width = stream.height = side
             stream.pix_fmt = "yuv420p"
-            for picture in pictures:
-                noise = generator.integers(0, 40, picture.shape, dtype=np.uint8)
-                frame = av.VideoFrame.from_ndarray(np.clip(picture // 2 + noise, 0, 255), format="rgb24")
-                container.mux(stream.encode(frame))
+            for at in np.linspace(0, side * 3 // 4, frames).astype(int):
+                picture = still.copy()
+                picture[side // 3 : side // 2, at : at + side // 4] = (250, number % 250, 40)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
-        paths.append(path)
     return paths
 
 
@@ -90,10 +85,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(options: argparse.Namespace, model: str, compression: str | None, folder: Path) -> Iterator[str]:
+def server(options: argparse.Namespace, compression: str | None, folder: Path) -> Iterator[str]:
     """The address of a server that is ready; SystemExit with the end of its log if it does not start."""
     port, log = free_port(), folder / "server.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
     command += ["--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype]
     command += ["--load-format", options.load_format, "--allowed-local-media-path", str(folder)]
     command += ["--media-io-kwargs", json.dumps({"video": {"num_frames": options.frames}}), *options.server]
@@ -195,7 +190,7 @@ async def level(address: str, name: str, clips: list[Path], concurrency: int, ne
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint: folder or hub id; default: a tiny LLaVA-OneVision made now")
+    parser.add_argument("--model", required=True, help="checkpoint: folder or hub id; only its config has to be there")
     parser.add_argument("--compression", help="JSON; default: vidcom2 at 0.1", action="append")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32")
     parser.add_argument("--rounds", type=int, default=2, help="requests of each of those under way")
@@ -218,23 +213,18 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     """Prints a table, writes JSON if told where, and returns the rows."""
     options = arguments(given)
     require("vllm", "vllm", "openai")
-    ensure_torchvision()
+    require("video", "av")
     from vidcompress.profiling import machine, save
 
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = options.model
-        if model is None:
-            from vidcompress.demo import make_checkpoint
-
-            model = str(make_checkpoint(folder / "tiny"))
-        clips = make_clips(folder, 1 + sum(options.levels) * options.rounds, max(48, options.frames), options.side)
+        clips = make_clips(folder, 1 + sum(options.levels) * options.rounds, options.frames, options.side)
         chosen = options.compression or [json.dumps({"method": "vidcom2", "retention_ratio": 0.1})]
         print("  ".join(f"{name:>{max(len(name), 10)}}" for name in Row.__annotations__))
         for compression in [None, *chosen]:
             name = "none" if compression is None else compression
-            with server(options, model, compression, folder) as address:
+            with server(options, compression, folder) as address:
                 asyncio.run(level(address, name, clips[:1], 1, options.new_tokens))  # warm-up
                 following = iter(clips[1:])
                 for concurrency in options.levels:
@@ -243,7 +233,7 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
                     print("  ".join(f"{v!s:>{max(len(k), 10)}}" for k, v in asdict(rows[-1]).items()), flush=True)
     found = [asdict(row) for row in rows]
     if options.out:
-        about = machine() | {"model": options.model or "tiny", "frames": options.frames, "dtype": options.dtype}
+        about = machine() | {"model": options.model, "frames": options.frames, "dtype": options.dtype}
         save({**about, "rows": found}, options.out)
     return found
 

@@ -432,4 +432,4 @@ def test_the_benchmark_without_vllm(monkeypatch, tmp_path):
     assert len({clip.read_bytes() for clip in clips}) == 3
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r'vllm.*pip install "vidcompress-transformers\[vllm\]"'):
-        script["main"]([])
+        script["main"](["--model", "tiny"])

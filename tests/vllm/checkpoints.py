@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,7 @@ def _as_published(path: Path) -> None:
     old, new = "vision_tower.", "vision_tower.vision_model."
     renamed = {name.replace(old, new, 1) if name.startswith(old) else name: x for name, x in load_file(path).items()}
     save_file(renamed, path, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    print(save(sys.argv[1], Path(sys.argv[2])))

@@ -192,7 +192,7 @@ def _head(method: Method, config: Any) -> str | None:
     if not method.needs & SIGNALS:
         return None
     # a patch asks models, of which only the config is known here
-    model: Any = SimpleNamespace(base_model=SimpleNamespace(config=config))
+    model: Any = SimpleNamespace(config=config, base_model=SimpleNamespace(config=config))
     source = patch.default_head(model) if wanted in ("auto", None) else wanted
     if source in (None, "none"):
         reason = "siglip_head is 'none'" if wanted == "none" else "no published SigLIP head fits this vision tower"
