@@ -5,6 +5,7 @@ Tests with vLLM itself are in tests/vllm (`make test-vllm`).
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 import types
@@ -100,6 +101,12 @@ def test_every_method_is_served_or_refused_by_name(kind):
             assert found.method.needs <= settings.SIGNALS and found.method.exact
     assert served == set(settings.servable(28)) >= {"infomerge", "fastvid", "vidcom2", "tome", "divprune", "random"}
     assert not served & {"fastv", "cdpruner", "hieravid", "unified", "visionzip", "framefusion", "llava_scissor"}
+
+
+def test_the_page_names_what_is_served():
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^Methods: ([^.]*)\.", page, re.MULTILINE)
+    assert tuple(re.findall(r"`(\w+)`", listed)) == settings.servable(28)
 
 
 @pytest.mark.parametrize(
