@@ -190,8 +190,8 @@ INNER |= dict.fromkeys(
     ("holitom", "holitom_inner", "text_aware_merge", "unified"), lambda depth: [round(depth * 9 / 14)]
 )
 """Decoder layers at which methods act."""
-DECODER_ONLY = {"cdpruner", "fastv", "framefusion", "holitom_inner", "prunevid_inner", "pyramiddrop", "streamingllm"}
-DECODER_ONLY |= {"text_aware_merge"}
+DECODER_ONLY = {"cdpruner", "dycoke_decoding", "fastv", "framefusion", "holitom_inner", "prunevid_inner"}
+DECODER_ONLY |= {"pyramiddrop", "streamingllm", "text_aware_merge"}
 
 
 @models
