@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
-SEED = 1 << 42  # neither the training nor the evaluation set has it
-METHODS = ("infomerge", "fastvid", "unified", "hieravid", "random")
+SEED = (1 << 42) + 11  # neither the training nor the evaluation set has it
+METHODS = ("infomerge", "fastvid", "unified", "random")
 FPS = 8
+UNKNOWN = ("direction", "place")
+"""Types of questions that the model did not learn to answer (docs/evaluation.md)."""
 
 
 def make_clip(path: Path, seed: int = SEED) -> Path:
@@ -70,10 +74,10 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
 
     checkpoint = checkpoints.path()
     clip = make_clip(folder / "clip.mp4")
-    questions = {q.type: q for q in questions_about(invent(SEED))}.values()
+    questions = {q.type: q for q in questions_about(invent(SEED)) if q.type not in UNKNOWN}.values()
     console.print(
-        "A tiny LLaVA-OneVision, trained on rendered clips, and a clip that it has never seen.\n"
-        "It shows how things go; what holds for real models and videos, only those can tell."
+        "A tiny LLaVA-OneVision, trained on rendered clips, and a clip that it has never seen. What holds for real "
+        "models and videos, only those can tell."
     )
     start = time.perf_counter()
     video = load_video(clip)
@@ -94,13 +98,14 @@ def _tour(console: Console, folder: Path, retention_ratio: float) -> None:
         if name == METHODS[0]:
             step = handle.trace[-1].steps[0]
     handle.remove()
-    columns = {"uncompressed": answers()} | columns
-    lines = [
-        (q.text.removesuffix(" ?") + "?", q.answer, *(own[i].answer for own in columns.values()))
-        for i, q in enumerate(questions)
-    ]
-    console.print(rich_table((("question", "right", *columns), lines), f"{retention_ratio:.0%} of the video tokens"))
-    console.print(rich_table(result_rows([own[0] for own in columns.values()]), "the first question's cost"))
+    columns = {"without": answers()} | columns
+    table = Table("question", "right", *columns, box=SIMPLE_HEAD, pad_edge=False)
+    table.title = f"keeping {retention_ratio:.0%} of the video's tokens; a tick is the right answer"
+    for i, question in enumerate(questions):
+        given = ("✓" if own[i].answer == question.answer else own[i].answer for own in columns.values())
+        table.add_row(question.text.replace(" ?", "?"), question.answer, *given)
+    console.print(table)
+    console.print(rich_table(result_rows([own[0] for own in columns.values()]), "what the first question cost"))
     shots = ", ".join(f"{start}-{end - 1}" for start, end in step.reduction.notes["segments"])
     truth = ", ".join(f"{scene.start}-{scene.start + scene.length - 1}" for scene in invent(SEED).scenes)
     console.print(f"{METHODS[0]} saw these segments of frames: {shots}; the clip was cut from scenes of {truth}")
