@@ -141,6 +141,11 @@ def test_what_cannot_be_evaluated(model, processor):
         run.choose("random,infomerg")
 
 
+def test_checkpoints_that_do_not_ship():
+    with pytest.raises(ValueError, match="no tiny 'qwen2_vl' ships; there are: llava_onevision"):
+        checkpoints.path("qwen2_vl")
+
+
 def test_a_template_with_the_question_first_is_refused(model, processor):
     import copy
 

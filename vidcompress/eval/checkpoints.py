@@ -1,11 +1,11 @@
-"""The tiny trained video-LLMs that ship with the library (scripts/train_tiny.py made them)."""
+"""The tiny trained video-LLMs that ship with the library; scripts/train_tiny.py makes them."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
 
-NAMES = {"llava_onevision": "tiny-llava-onevision", "qwen2_vl": "tiny-qwen2-vl"}
+NAMES = {"llava_onevision": "tiny-llava-onevision"}
 """By `model_type`."""
 
 
