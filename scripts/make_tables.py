@@ -64,13 +64,13 @@ def readme() -> dict[str, Rows]:
 def evaluation() -> dict[str, Rows]:
     """Those of docs/evaluation.md."""
     from vidcompress.eval.results import Results
-    from vidcompress.eval.tables import accuracy_rows, cost_rows, type_rows
+    from vidcompress.eval.tables import accuracy_rows, cost_rows, kept_rows, type_rows
 
     found: dict[str, Rows] = {}
     for path in sorted(RESULTS.glob("tinyqa-*.json")):
         results, name = Results.load(path), path.stem.removeprefix("tinyqa-")
         found |= {f"accuracy {name}": accuracy_rows(results), f"types {name}": type_rows(results, 0.1)}
-        found[f"cost {name}"] = cost_rows(results, 0.1)
+        found |= {f"kept {name}": kept_rows(results), f"cost {name}": cost_rows(results, 0.1)}
     return found
 
 

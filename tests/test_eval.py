@@ -214,6 +214,8 @@ def test_tables_and_plot(tmp_path):
     assert rows[0][1].startswith("100.0 ±0.0 (+25.0 ±") and rows[1][1] == "75.0 ±15.3"
     assert tables.type_rows(found, 0.5)[1][0] == ("none", "100", "100")
     assert tables.cost_rows(found, 0.5)[1][0][:4] == ("better", "10", "5.0", "5.0")
+    found.runs[-1].kept = 3
+    assert tables.kept_rows(found)[1] == [("better", "5"), ("random", "5"), ("worse", "5 (3)")]
     assert tables.headline(found) == "uncompressed 100.0 ±0.0 % over 2 types"
     tables.plot(found, tmp_path / "folder" / "accuracy.png")
     assert (tmp_path / "folder" / "accuracy.png").stat().st_size > 10_000

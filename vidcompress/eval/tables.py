@@ -56,6 +56,22 @@ def type_rows(results: Results, ratio: float) -> Rows:
     return ("method", *types), rows
 
 
+def kept_rows(results: Results) -> Rows:
+    """(header, rows): a row a method, a column a ratio: tokens that a decoder layer runs over, the mean over its layers,
+    and in brackets those of its last layer where they are others."""
+    columns = ratios(results)
+    rows: list[tuple[str, ...]] = []
+    for name in names(results):
+        runs = [results.find(name, ratio) for ratio in columns]
+        rows.append((name, *("-" if run is None else _kept(run) for run in runs)))
+    return ("method", *(f"{ratio:.0%}" for ratio in columns)), rows
+
+
+def _kept(run: Run) -> str:
+    mean, last = f"{run.mean_kept:.0f}", f"{run.kept:.0f}"
+    return mean if mean == last else f"{mean} ({last})"
+
+
 def cost_rows(results: Results, ratio: float) -> Rows:
     """(header, rows): a row a method: tokens kept, and what compressing one prompt took."""
     header = ("method", "tokens", "kept by the last layer", "mean over layers", "compression, ms", "run, s")
