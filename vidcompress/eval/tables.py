@@ -57,8 +57,8 @@ def type_rows(results: Results, ratio: float) -> Rows:
 
 
 def kept_rows(results: Results) -> Rows:
-    """(header, rows): a row a method, a column a ratio: tokens that a decoder layer runs over, the mean over its layers,
-    and in brackets those of its last layer where they are others."""
+    """(header, rows): a row a method, a column a ratio: tokens that a layer runs over, the mean over layers, and in
+    brackets those of the last layer where they are others."""
     columns = ratios(results)
     rows: list[tuple[str, ...]] = []
     for name in names(results):
