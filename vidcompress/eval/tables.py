@@ -18,12 +18,12 @@ def ratios(results: Results) -> list[float]:
 
 
 def names(results: Results) -> list[str]:
-    """The methods, best mean accuracy first; those with the most ratios before those with fewer."""
-    own: dict[str, list[float]] = {}
-    for run in results.runs:
-        if run.method != "none":
-            own.setdefault(run.method, []).append(results.accuracy(run, results.counted())[0])
-    return sorted(own, key=lambda name: (-len(own[name]), -sum(own[name]) / len(own[name])))
+    """The methods, the best first at 10 %, or at the ratio nearest to it that was asked for; the others last."""
+    asked = dict.fromkeys(run.method for run in results.runs if run.method != "none")
+    ratio = min(ratios(results), key=lambda ratio: abs(ratio - 0.1), default=0.1)
+    runs = {name: results.find(name, ratio) for name in asked}
+    shares = {name: -1.0 if run is None else results.accuracy(run, results.counted())[0] for name, run in runs.items()}
+    return sorted(asked, key=lambda name: -shares[name])
 
 
 def accuracy_rows(results: Results) -> Rows:
@@ -118,7 +118,7 @@ def plot(results: Results, path: Path, methods: Iterable[str] | None = None) -> 
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize="x-small", loc="lower right")
+    figure.legend(fontsize="x-small", loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
