@@ -630,8 +630,9 @@ def test_every_method_fits_the_real_models(real):
     depth = config["num_hidden_layers"]
     before = set(model.__dict__), set(model.model.__dict__)
     for name in list_methods():
-        stages = vidcompress.method.Pipeline.of(load(name)).stages(depth)
-        assert stages and all(site.layer < depth for site in stages)
+        pipeline = vidcompress.method.Pipeline.of(load(name))
+        sites = [*pipeline.stages(depth), *pipeline.evictions(depth)]
+        assert sites and all(site.layer < depth for site in sites)
         with vidcompress.apply(model, name) as handle:
             assert handle.compression.name == name
     assert (set(model.__dict__), set(model.model.__dict__)) == before

@@ -104,7 +104,7 @@ def test_every_method_is_served_or_refused_by_name(kind):
 
 
 def test_the_page_names_what_is_served():
-    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text(encoding="utf-8")
     (listed,) = re.findall(r"^Methods: ([^.]*)\.", page, re.MULTILINE)
     assert tuple(re.findall(r"`(\w+)`", listed)) == settings.servable(28)
 
