@@ -227,12 +227,13 @@ def test_ranks_decide_the_same(some_kind, checkpoint):
 
 def test_positions_in_bfloat16(checkpoint):
     kind, said = "qwen2_5_vl", {"method": "uniform_tokens", "retention_ratio": 0.05}
+    ask = one(1100, seed=1)
     with served(kind, checkpoint(kind), said, dtype="bfloat16", max_model_len=2048) as server:
-        ((length, _),) = server.answer([one(1100, seed=1)])
-        times = server.positions[0][0, :length]
+        server.answer([ask])
+        tokenizer = server.engine.get_tokenizer()
+        first = tokenizer(ask.text(kind))["input_ids"].index(tokenizer.convert_tokens_to_ids("<|video_pad|>"))
         grid = (550, *FRAME[kind])
-        method = load(said)
-        kept = method.reduce(VideoTokens(torch.zeros(550 * 24, 1), grid), Site.projector()).keep
-        first = int((times.diff() != 1).nonzero()[0]) + 1
-        assert torch.equal(times[first : first + len(kept)] - times[first], 2 * (kept // 24))
-        assert times.max() > 1000
+        keep = load(said).reduce(VideoTokens(torch.zeros(550 * 24, 1), grid), Site.projector()).keep
+        time, row, column = torch.cat(server.positions, -1)[:, first : first + len(keep)] - first
+        assert torch.equal(time, 2 * (keep // 24)) and time.max() > 1000
+        assert torch.equal(row, keep // 6 % 4) and torch.equal(column, keep % 6)
