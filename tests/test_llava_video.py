@@ -21,10 +21,10 @@ from tiny import IMAGE, ONE, TWO, VIDEO, compress, generate, step_logits
 from tiny_llava_video import llava_video, original_name, save_original, tokenizer, video_inputs
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel
 
 import vidcompress
-from vidcompress import patches
+from vidcompress import AutoProcessor, patches
 from vidcompress.config import load
 from vidcompress.costs import MODELS, Dimensions, dimensions
 from vidcompress.method import list_methods
@@ -678,6 +678,27 @@ def test_placeholders_are_as_many_as_the_model_fills(pool, newline, image_size):
     sizes = processor._get_num_multimodal_tokens(video_sizes=[(1, 40, 60), (5, 40, 60)])
     assert list(sizes["num_video_tokens"]) == counts
     assert counts == [encoded(model, torch.zeros(1, t, 3, image_size, image_size)).shape[1] for t in (1, 5)]
+
+
+def test_the_processor_may_be_the_first_that_is_loaded(checkpoint):
+    """In a fresh interpreter: this module has loaded models, after which transformers' own class knows it."""
+    script = f"""
+import vidcompress
+from vidcompress.compat import ensure_torchvision
+
+ensure_torchvision()
+import transformers
+
+tokenizer = transformers.AutoProcessor.from_pretrained({str(checkpoint)!r})
+try:
+    vidcompress.prepare_inputs(tokenizer, [], "w5")
+except TypeError as error:
+    print(error)
+print(type(vidcompress.AutoProcessor.from_pretrained({str(checkpoint)!r})).__name__)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "is a tokenizer, which cannot read videos" in said and "vidcompress.AutoProcessor knows" in said
+    assert said.splitlines()[-1] == "LlavaVideoProcessor"
 
 
 def test_pixels_are_those_siglip_was_trained_on(checkpoint):

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vidcompress.api import apply, disable, enable, from_pretrained, handle_of, list_backbones
-    from vidcompress.auto import AutoModelForImageTextToText
+    from vidcompress.auto import AutoModelForImageTextToText, AutoProcessor
     from vidcompress.config import load
     from vidcompress.engine.handle import Handle
     from vidcompress.method import Method, list_methods
@@ -32,6 +32,7 @@ _HOME = {
     "handle_of": "api",
     "list_backbones": "api",
     "AutoModelForImageTextToText": "auto",
+    "AutoProcessor": "auto",
     "load": "config",
     "Handle": "engine.handle",
     "Method": "method",

@@ -1,4 +1,4 @@
-"""transformers' Auto class, with the word `compression`: change one import."""
+"""transformers' Auto classes, with the word `compression`: change one import."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 
 from vidcompress import patches
+from vidcompress.compat import ensure_torchvision
 from vidcompress.config import Compression, load
 from vidcompress.engine.handle import Handle
 from vidcompress.models import register
@@ -38,8 +39,9 @@ class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):
         """As in transformers; `compression` is what `vidcompress.apply` takes. None loads the plain model.
 
         Raises ValueError for bad settings or a backbone without a patch before any weight is read, and for a
-        SigLIP head that does not fit after that.
+        SigLIP head that does not fit after that. On a CPU-only torch `compat.ensure_torchvision` is called first.
         """
+        ensure_torchvision()
         register()
         method = chosen(compression, retention_ratio)
         if method is not None:
@@ -52,6 +54,21 @@ class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):
         if method is not None:
             Handle(loaded[0] if isinstance(loaded, tuple) else loaded, method)
         return loaded
+
+
+class AutoProcessor:
+    """`transformers.AutoProcessor`, which also knows the models of `vidcompress.models`.
+
+    transformers' own gives a bare tokenizer for a checkpoint of LLaVA-Video, unless a model of this package was loaded
+    or `vidcompress.enable()` called before.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers, on a CPU-only torch after `vidcompress.compat.ensure_torchvision`."""
+        ensure_torchvision()
+        register()
+        return transformers.AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 def chosen(compression: Compression | None, retention_ratio: float | None) -> Any:

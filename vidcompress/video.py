@@ -177,7 +177,7 @@ def prepare_inputs(
     Raises:
         ValueError: the processor has no chat template, the entries do not match the prompts, or the placeholders that
             the template and the prompt write are not one for each video and image.
-        TypeError: an entry of `videos` is not a `Video`.
+        TypeError: an entry of `videos` is not a `Video`, or the processor is a tokenizer only.
     """
     clips = _rows(videos, prompt, "videos")
     pictures = _rows(images, prompt, "images")
@@ -206,7 +206,15 @@ def prepare_conversations(
 
     Raises:
         ValueError: the processor has no chat template, or a row's messages do not show its videos and images.
+        TypeError: the processor is a tokenizer only.
     """
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"{type(processor).__name__} is a tokenizer, which cannot read videos; AutoProcessor gives one for a "
+            "checkpoint whose processor it does not know. vidcompress.AutoProcessor knows that of LLaVA-Video, too"
+        )
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             f"{type(processor).__name__} has no chat template, which says how videos and text become a prompt; "
