@@ -103,11 +103,12 @@ def naive_cosine(x: Tensor, others: Tensor) -> Tensor:
 
 
 def naive_peaks(x: Tensor, k: int) -> Tensor:
-    """Density peaks with the distances of all pairs at once."""
-    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
+    """Density peaks of sets of tokens [B, n, C], the distances of all pairs in all sets at once."""
+    distance = torch.cdist(x, x) / x.shape[2] ** 0.5
     density = (-(distance.topk(k, largest=False).values ** 2).mean(-1)).exp()
-    denser = (density[None] > density[:, None]).float()
-    delta = (distance * denser + distance.max() * (1 - denser)).min(-1).values
+    denser = (density[:, None] > density[:, :, None]).float()
+    largest = distance.flatten(1).amax(1)[:, None, None]
+    delta = (distance * denser + largest * (1 - denser)).min(-1).values
     return delta * density
 
 
@@ -186,7 +187,7 @@ def unified_steps(x: Tensor, ratio: float) -> list[Step]:
         Step(
             f"density peaks, N = {len(x)}",
             lambda: ops.density_peaks(x[None], everything, 7),
-            lambda: naive_peaks(x, 7),
+            lambda: naive_peaks(x[None], 7),
             0.7,
             0.45,
         ),
@@ -212,7 +213,8 @@ def local_steps(x: Tensor, p: int) -> list[Step]:
         Step(
             "density peaks, frame by frame",
             lambda: ops.density_peaks(frames, everything, 4),
-            lambda: torch.stack([naive_peaks(frame, 4) for frame in frames]),
+            lambda: naive_peaks(frames, 4),
+            0.6,
             0.6,
         ),
         Step(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 """Workspace: fp32 copies of so many positions at once."""
 
 
@@ -13,26 +13,28 @@ def cosine_fingerprint(tokens: Tensor) -> Tensor:
     if length == 1:
         return out
     room = CHUNK_BYTES.get(tokens.device.type, 64 << 20)
-    step = max(1, room // (8 * length * channels + 4 * length * length))
+    step = max(1, room // (8 * length * channels + 16 * length * length))
     for p in range(0, positions, step):
         x = tokens[:, p : p + step].transpose(0, 1).float()  # [p, L, C]
-        norm = x.norm(dim=-1, keepdim=True)
-        unit = x / norm.clamp_min(1e-30)
-        # (u_i+1 - u_i) . u_j, not the difference of two cosines near 1, which cancels.
-        change = torch.bmm(_unit_steps(x, norm, unit), unit.transpose(1, 2))  # [p, L - 1, L]
-        out[p : p + step] = change.abs_().mean((1, 2))
+        moved = torch.bmm(x[:, 1:] - x[:, :-1], x.transpose(1, 2))
+        out[p : p + step] = _changes(torch.bmm(x, x.transpose(1, 2)), moved).abs_().mean((1, 2))
     return out
 
 
-def _unit_steps(x: Tensor, norm: Tensor, unit: Tensor) -> Tensor:
-    """u_i+1 - u_i of x [p, L, C]: exactly 0 where frames are bitwise equal.
+def _changes(gram: Tensor, moved: Tensor) -> Tensor:
+    """[p, L - 1, L] (u_i+1 - u_i) . u_j of unit tokens, from x_i . x_j [p, L, L] and, with the steps d_i = x_i+1 - x_i,
+    d_i . x_j [p, L - 1, L].
 
-    Where the step d = x_i+1 - x_i is small, the difference of the rounded units is noise; there it is formed as
-    d / |x_i+1| - u_i * (|x_i+1| - |x_i|) / |x_i+1|, the norms' difference from d as well.
+    The difference of two cosines near 1 cancels, and so does u_i+1 - u_i. It is d_i / |x_i+1| less u_i times what the
+    norm grows by, relative to |x_i+1|, which is known from d_i, too; all that is exactly 0 where d_i is. Only where the
+    norm falls by more than half this loses digits that the difference of cosines keeps.
     """
-    before, after = norm[:, :-1], norm[:, 1:]
-    step = x[:, 1:] - x[:, :-1]
-    growth = (step * (x[:, 1:] + x[:, :-1])).sum(-1, keepdim=True) / (before + after).clamp_min(1e-30)
-    careful = (step - unit[:, :-1] * growth) / after.clamp_min(1e-30)
-    small = step.norm(dim=-1, keepdim=True) < 0.1 * torch.minimum(before, after)
-    return torch.where(small, careful, unit[:, 1:] - unit[:, :-1])
+    norm = gram.diagonal(dim1=1, dim2=2).sqrt()  # [p, L]
+    inverse = 1 / norm.clamp_min(1e-30)
+    before, after = inverse[:, :-1, None], inverse[:, 1:, None]
+    cosine = gram * inverse[:, None]  # not yet divided by |x_i|
+    both = moved.diagonal(dim1=1, dim2=2) + moved.diagonal(1, dim1=1, dim2=2)  # d_i . (x_i + x_i+1)
+    growth = both / (norm[:, :-1] + norm[:, 1:]).clamp_min(1e-30)  # |x_i+1| - |x_i|
+    careful = (moved * inverse[:, None] - cosine[:, :-1] * (growth[..., None] * before)) * after
+    plain = cosine[:, 1:] * after - cosine[:, :-1] * before
+    return careful.where((2 * norm[:, 1:] >= norm[:, :-1])[..., None], plain)
