@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=sorted(STUDENTS), default="llava_onevision")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=1300)
-    parser.add_argument("--language-steps", type=int, default=3000)
+    parser.add_argument("--language-steps", type=int, default=3600)
     parser.add_argument("--drops", action="store_true", help="the control run: random tokens are left out")
     parser.add_argument("--eyes", type=Path, help="tower and projector of an earlier run: its eyes.pt")
     parser.add_argument("--out", type=Path, required=True)

@@ -2,8 +2,9 @@
 
 Several questions about one clip share one forward: each sees the video and itself, and its positions start anew after
 the video, which is exactly what it would see alone. Clips grow longer as training goes on (4 frames at first, 24 at
-last), so that what binds colours to shapes is learnt where it is cheap; no token is left out, unless the control run
-(`drops`) asks for it.
+last), so that what binds colours to shapes is learnt where it is cheap. Where things are is learnt last, and only when
+most questions ask for it: beside ten other types in equal parts it is not learnt at all. No token is left out, unless
+the control run (`drops`) asks for it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,26 @@ from vidcompress.eval.tinyqa.words import VOCABULARY, encode
 
 BATCH, PACKED, BLOCK = 8, 8, 16  # clips a step, questions a clip, ids a question
 KEPT = (0.1, 0.5)  # of a clip's tokens, in the control run with drops
-HARD = {"place": 2.0, "direction": 2.0}
-"""Types that are learnt last, and what their loss counts."""
-CURRICULUM = ((0.3, (4, 8)), (0.5, (8, 12)), (1.0, (FRAMES, FRAMES, FRAMES, 12)))
-"""Until which part of training, clips of which lengths."""
+HARD = frozenset({"place", "direction"})
+"""Types that are learnt last."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training.
+
+    Args:
+        end: where it ends, 1 being the end of training.
+        frames: its clips' lengths, each as likely as it is often in here.
+        hard: share of the questions that are of the hard types in any case; the others are spread over all types.
+    """
+
+    end: float
+    frames: tuple[int, ...]
+    hard: float
+
+
+PHASES = (Phase(0.25, (4, 8), 0.0), Phase(0.6, (4, 4, 8), 0.7), Phase(1.0, (FRAMES, FRAMES, 12), 0.25))
 
 
 @dataclass
@@ -47,8 +64,12 @@ class Shelf:
             self.clips[int(rng.integers(self.capacity))] = clip
 
 
-def spread(questions: list[Question], count: int, rng: np.random.Generator) -> list[Question]:
-    """`count` questions, as evenly over the types as the clip allows, no type's twice before every type's once."""
+def spread(questions: list[Question], count: int, hard: float, rng: np.random.Generator) -> list[Question]:
+    """`count` questions: a share of hard ones, the others as evenly over the types as the clip allows."""
+    demanding = [question for question in questions if question.type in HARD]
+    if demanding and (drawn := int(rng.binomial(count, hard))):
+        own = [demanding[int(i)] for i in rng.integers(len(demanding), size=drawn)]
+        return own + spread(questions, count - drawn, 0.0, rng)
     by_type: dict[str, list[Question]] = defaultdict(list)
     for i in rng.permutation(len(questions)):
         by_type[questions[i].type].append(questions[i])
@@ -70,13 +91,13 @@ class Lessons:
 
     def batch(self, done: float, fresh: int = 3) -> tuple[Tensor, Tensor, Tensor, list[Question], int]:
         """Embeddings [B, L, D], mask [1, 1, L, L], positions [A, 1, L], the questions, and the clips' frames."""
-        lengths = next(lengths for end, lengths in CURRICULUM if done < end or end == 1.0)
-        frames = int(self.rng.choice(lengths))
+        phase = next(phase for phase in PHASES if done < phase.end)
+        frames = int(self.rng.choice(phase.frames))
         height, width = self.student.sizes[int(self.rng.integers(len(self.student.sizes)))]
         shelf = self.shelves[frames, height, width]
         self._fill(shelf, max(fresh, 2 * BATCH - len(shelf.clips)), frames, height, width)
         picked = [shelf.clips[int(i)] for i in self.rng.integers(len(shelf.clips), size=BATCH)]
-        questions = [q for _, known in picked for q in spread(known, PACKED, self.rng)]
+        questions = [q for _, known in picked for q in spread(known, PACKED, phase.hard, self.rng)]
         video = torch.stack([tokens for tokens, _ in picked]).float()
         embeds, positions = self._prompt(video, frames, height, width)
         ids = torch.tensor([block(q) for q in questions]).view(BATCH, PACKED * BLOCK)
@@ -174,8 +195,7 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
         rows = torch.arange(BATCH)[:, None]
         logits, ends = head(states[rows, asked]).flatten(0, 1), head(states[rows, asked + 1]).flatten(0, 1)
         answers = torch.tensor([VOCABULARY[q.answer] for q in questions])
-        weights = torch.tensor([HARD.get(q.type, 1.0) for q in questions])
-        loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
+        loss = F.cross_entropy(logits, answers)
         total = loss + 0.05 * F.cross_entropy(ends, torch.full_like(answers, end_of_turn))
         for optimiser in made:
             optimiser.zero_grad()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Workspace: fp32 copies of so many positions at once."""
 
 

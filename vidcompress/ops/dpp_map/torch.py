@@ -19,7 +19,7 @@ is solved by itself, without its kernel."""
 KERNEL_ELEMENTS = 16 << 20
 """Elements of full kernels that exist at once."""
 
-CANDIDATES = (96, 160)
+CANDIDATES = (128, 160)
 """Least and most tokens of a long segment among which picks are made before the others learn of it. In between: three
 times as many as were picked the last time, because more would be measured in vain."""
 
