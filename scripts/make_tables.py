@@ -1,4 +1,4 @@
-"""Writes generated tables between their marks: into README.md, and into docs/evaluation.md from benchmarks/results.
+"""Writes generated tables between their marks: into README.md, and from benchmarks/results into docs.
 
 `--check` only says whether they are stale.
 """
@@ -14,10 +14,11 @@ from pathlib import Path
 from safetensors import safe_open
 
 from vidcompress.compat import ensure_torchvision
-from vidcompress.tables import Rows, backbone_rows, markdown, method_rows
+from vidcompress.method import list_methods
+from vidcompress.tables import Rows, backbone_rows, listed, markdown, method_rows
 
 ROOT = Path(__file__).parent.parent
-README, EVALUATION = ROOT / "README.md", ROOT / "docs/evaluation.md"
+README, EVALUATION, BENCHMARKS = ROOT / "README.md", ROOT / "docs/evaluation.md", ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 OFFICIAL = {
@@ -74,6 +75,23 @@ def evaluation() -> dict[str, Rows]:
     return found
 
 
+def benchmarks() -> dict[str, Rows]:
+    """That of docs/benchmarks.md: times, accuracy at the same ratio on the tiny model, and why a method takes long."""
+    from vidcompress.eval.results import Results
+    from vidcompress.eval.tables import share
+
+    report = json.loads((RESULTS / "methods-32x14x14-x86_64-cpu.json").read_text(encoding="utf-8"))
+    accuracy = Results.load(RESULTS / "tinyqa-llava_onevision.json")
+    header = ("method", "kept", "ms", "of FastVID", "MB", "prefill, TFLOPs", "tinyqa, %", "why it takes so long")
+    rows: list[tuple[str, ...]] = []
+    for row in report["rows"]:
+        total = row["decide_ms"] + row["merge_ms"]
+        why = list_methods()[row["method"]].costly if row["of_fastvid"] > 2 else ""
+        cells = (f"{total:.0f}", f"{row['of_fastvid']:.2f}", f"{row['mb']}", f"{row['prefill_tflops']:.2f}")
+        rows.append((row["method"], listed(row["kept"]), *cells, share(accuracy, row["method"], 0.1), why))
+    return {"methods": (header, rows)}
+
+
 def recorded(method: str) -> str:
     """How many recorded runs the tests compare with, and whose."""
     stems, whose = (
@@ -88,8 +106,8 @@ def recorded(method: str) -> str:
 
 
 def main() -> None:
-    """Writes both documents, or says which is stale."""
-    for path, tables in ((README, readme()), (EVALUATION, evaluation())):
+    """Writes the documents, or says which is stale."""
+    for path, tables in ((README, readme()), (EVALUATION, evaluation()), (BENCHMARKS, benchmarks())):
         text = path.read_text(encoding="utf-8")
         fresh = render(text, tables)
         if "--check" in sys.argv and fresh != text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +29,12 @@ from tiny import (
     pair,
     step_logits,
 )
+from tiny_qwen import qwen, qwen_inputs
 from torch import Tensor, nn
 from transformers import StaticCache
 
 import vidcompress
-from vidcompress.costs import MODELS, estimate, flops
+from vidcompress.costs import MODELS, dimensions, estimate, flops
 from vidcompress.engine.decoder_signals import LayerView
 from vidcompress.engine.sequence import Sequence
 from vidcompress.first_look import FirstLook, frame_budgets
@@ -185,7 +187,8 @@ def test_which_layers_are_looked_at() -> None:
         ({"layers": 3}, TypeError, "layers must be a list of int, got 3"),
         ({"upper_limit": 0}, ValueError, "upper_limit must be at least 1, got 0"),
         ({"scope": "video"}, ValueError, "scope must be one of 'frame', got 'video'"),
-        ({"assistant": "tiny"}, ValueError, "dytok has no setting 'assistant'"),
+        ({"assistant": 3}, TypeError, "assistant must be"),
+        ({"asistant": "tiny"}, ValueError, "dytok has no setting 'asistant'"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -284,6 +287,122 @@ def test_beams_are_looked_at_once() -> None:
     again = {(s.row // 2, s.video): s.reduction.keep for s in handle.trace.last.steps}
     assert all(torch.equal(a, b) for a, b in zip(kept, again.values(), strict=True))
     assert beams.sequences.shape == greedy.sequences.shape
+
+
+# -- an assistant ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model itself, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("twin")
+    llava().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of half the depth, with eyes of its own."""
+    folder = tmp_path_factory.mktemp("smaller")
+    llava(layers=3, seed=5).save_pretrained(folder)
+    return str(folder)
+
+
+def kept(handle: Any) -> list[list[int]]:
+    return [step.reduction.keep.tolist() for step in handle.trace.last.steps]
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"use_cache": False}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}]
+)
+def test_a_twin_sees_what_the_model_sees(how: dict[str, Any], twin: str) -> None:
+    _, alone, by_itself = pair(method())
+    _, helped, by_twin = pair(method(assistant=twin))
+    inputs = llava_inputs([TWO, ONE, LATE])
+    outputs = []
+    for model in (alone, helped):
+        torch.manual_seed(0)
+        outputs.append(generate(model, inputs, 4, **how))
+    assert kept(by_twin) == kept(by_itself)
+    assert len({tuple(per_frame(step.reduction, step.grid)) for step in by_twin.trace.last.steps}) > 1
+    assert torch.equal(*(step_logits(output) for output in outputs))
+    assert by_twin.trace.last.looked_at == [1, 4] and by_twin.trace.last.look_seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_twin_of_another_backbone(kind: str, tmp_path: Path) -> None:
+    qwen(kind).save_pretrained(tmp_path)
+    found = []
+    for assistant in (None, str(tmp_path)):
+        model = qwen(kind)
+        handle = compress(model, method(assistant=assistant, layers=(1, 2)))
+        output = generate(model, qwen_inputs(kind, [TWO, ONE]), 3)
+        found.append((kept(handle), step_logits(output)))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+def test_a_smaller_one_looks_with_its_own_eyes(smaller: str) -> None:
+    inputs = llava_inputs([TWO, ONE])
+    model, own = llava(), llava(layers=3, seed=5)
+    shares = []
+    for looked, settings in ((model, {"assistant": smaller}), (own, {})):
+        handle = compress(looked, method(layers=None, **settings))
+        generate(looked, inputs, 2)
+        shares.append([per_frame(step.reduction, step.grid) for step in handle.trace.last.steps])
+        assert handle.trace.last.looked_at == [2]
+    assert shares[0] == shares[1]
+    handle = compress(llava(), method())
+    generate(handle.model, inputs, 2)
+    assert shares[0] != [per_frame(step.reduction, step.grid) for step in handle.trace.last.steps]
+
+
+def test_an_assistant_comes_and_goes(twin: str, smaller: str) -> None:
+    _, model, handle = pair(method())
+    inputs = llava_inputs([TWO])
+    generate(model, inputs, 2)
+    alone = kept(handle)
+    for assistant in (twin, smaller, None):
+        handle.switch(method(assistant=assistant, layers=(1, 2)))
+        generate(model, inputs, 2)
+    handle.switch(method())
+    generate(model, inputs, 2)
+    assert kept(handle) == alone
+    with pytest.raises(ValueError, match=r"Look looks at layer 4; this decoder has 3 layers, 0 to 2"):
+        handle.switch(method(assistant=smaller))
+    with pytest.raises(OSError):
+        handle.switch(method(assistant="/nowhere/at/all"))
+    generate(model, inputs, 2)
+    assert kept(handle) == alone
+
+
+def test_an_assistant_reads_prompts_whole(twin: str) -> None:
+    _, model, _ = pair(method(assistant=twin))
+    inputs, cache = llava_inputs([[5, 6, "V", 7, 40]]), empty_cache(model)
+    turn = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        model(input_ids=turn, past_key_values=cache)
+        with pytest.raises(ValueError, match="a cache of 3 tokens is the model's own"):
+            model(**inputs | {"attention_mask": None}, past_key_values=cache)
+    embedded = dict(inputs)
+    embedded["inputs_embeds"] = model.get_input_embeddings()(embedded.pop("input_ids"))
+    with torch.no_grad(), pytest.raises(ValueError, match="it needs input_ids"):
+        model(**embedded)
+
+
+def test_an_assistant_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    qwen("qwen2_vl").save_pretrained(tmp_path)
+    model = llava()
+    with pytest.raises(ValueError, match="both need the same processor"):
+        compress(model, method(assistant=str(tmp_path)))
+    assert vidcompress.handle_of(model) is None
+
+
+def test_the_look_of_an_assistant_is_counted(smaller: str) -> None:
+    of, grid = MODELS["llava-onevision-7b"], (32, 14, 14)
+    found = estimate(of, grid, DyToK(retention_ratio=0.25, assistant=smaller), text_tokens=50)
+    own = dimensions(smaller)
+    assert own.layers == 3 and found.looked_layers == 0
+    assert found.assistant_flops == {name: sum(flops(name, own, [6322] * 3, 0)[:2]) for name in found.flops}
+    assert found.flops["hieravid"] == flops("hieravid", of, [1618] * 28)
+    assert estimate(of, grid, DyToK(retention_ratio=1.0, assistant=smaller)).assistant_flops == {}
 
 
 def test_nothing_to_reduce_is_not_looked_at() -> None:

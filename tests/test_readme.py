@@ -26,6 +26,15 @@ def test_tables_are_fresh():
     assert module.render(README, module.readme()) == README, "run `make tables`"
     evaluation = module.EVALUATION.read_text(encoding="utf-8")
     assert module.render(evaluation, module.evaluation()) == evaluation, "run `make tables`"
+    benchmarks = module.BENCHMARKS.read_text(encoding="utf-8")
+    assert module.render(benchmarks, module.benchmarks()) == benchmarks, "run `make tables`"
+
+
+def test_what_takes_twice_as_long_as_fastvid_says_why():
+    header, rows = tables().benchmarks()["methods"]
+    of, why = header.index("of FastVID"), header.index("why it takes so long")
+    assert len(rows) > 25
+    assert [row[0] for row in rows if float(row[of]) > 2 and not row[why]] == []
 
 
 def test_a_stale_table_would_be_noticed():

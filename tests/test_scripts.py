@@ -100,7 +100,7 @@ def test_bench_inside(capsys):
 
 @pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
 def test_train_tiny(backbone, tmp_path, monkeypatch):
-    """Two steps of each half: what is saved is a checkpoint that the evaluation takes."""
+    """Two steps of each part: what is saved is a checkpoint that the evaluation takes."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vidcompress.eval import asking

@@ -10,6 +10,7 @@ the operators that would launch something there (see vidcompress/profiling.py).
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,22 @@ def bench(
                 "spread_ms": f"{min(choosing):.1f} to {max(choosing):.1f}",
                 "merge_ms": statistics.median(moving),
                 "ms_a_frame": round((statistics.median(choosing) + statistics.median(moving)) / grid[0], 3),
+                "of_fastvid": None,
                 "mb": None if memory is None else round(memory),
                 "launches": launches.kernels,
                 "waits": launches.waits,
                 "prefill_tflops": _tflops(methods[name], grid),
             }
         )
+    for row in rows:
+        row["of_fastvid"] = _relative(row, rows)
     return rows
+
+
+def _relative(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> float | None:
+    """Its time over FastVID's, which every other method is measured by; None if that did not run."""
+    mark = next((other["ms_a_frame"] for other in rows if other["method"] == "fastvid"), None)
+    return mark and round(row["ms_a_frame"] / mark, 2)
 
 
 def _tflops(method: Method, grid: Grid) -> float:

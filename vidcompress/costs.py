@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -285,6 +285,7 @@ class Estimate:
             steps, once it has.
         flops: operations by layer, by the formula's name, text included, and those of a first look.
         looked_layers: that a first look runs over the whole prompt before it is reduced.
+        assistant_flops: operations of a look that another model takes, in its decoder, by the formula's name.
     """
 
     compression: str
@@ -295,6 +296,7 @@ class Estimate:
     kv_bytes: list[int]
     flops: dict[str, list[int]]
     looked_layers: int = 0
+    assistant_flops: dict[str, int] = field(default_factory=dict)
 
     @property
     def mean_tokens(self) -> float:
@@ -307,6 +309,7 @@ class Estimate:
         facts |= {"video_tokens_mean": self.mean_tokens, "kv_bytes": sum(self.kv_bytes)}
         facts |= {"looked_layers": self.looked_layers}
         facts |= {"flops": {name: sum(layers) for name, layers in self.flops.items()}}
+        facts |= {"assistant_flops": self.assistant_flops}
         if per_layer:
             layers = {"video_tokens": self.video_tokens, "kv_bytes": self.kv_bytes, "flops": self.flops}
             facts["per_layer"] = layers
@@ -333,7 +336,7 @@ def estimate(
         raise ValueError(f"text_tokens must be at least 0, got {text_tokens}")
     total, looked = math.prod(grid), 0
     lengths, sites, exact, name = [total] * of.layers, {}, True, "none"
-    left = lengths
+    left, looker = lengths, None
     if compression is not None:
         from vidcompress.method import Pipeline
 
@@ -341,11 +344,21 @@ def estimate(
         lengths, left = pipeline.lengths(grid, of.layers), pipeline.stored(grid, of.layers)
         sites = {str(site): count for site, count in pipeline.counts(grid, of.layers).items()}
         exact, name = all(method.exact for method in pipeline), pipeline.name
-        looked = max(pipeline.looks(of.layers), default=0) if lengths[0] < total else 0
+        if lengths[0] < total:
+            looked = max(pipeline.looks(of.layers), default=0)
+            looker = next((method for method in pipeline if getattr(method, "assistant", None)), None)
     whole, prompt, stored = ([n + text_tokens for n in tokens] for tokens in ([total] * of.layers, lengths, left))
     by_formula = {}
     for formula in formulas:
         look, prefill, idle = (flops(formula, of, tokens, 0) for tokens in (whole, prompt, stored))
         decoding = flops(formula, of, stored, decode_tokens)
         by_formula[formula] = [look[i] * (i < looked) + prefill[i] + decoding[i] - idle[i] for i in range(of.layers)]
-    return Estimate(name, exact, grid, sites, lengths, kv_cache_bytes(of, stored), by_formula, looked)
+    helped = {} if looker is None else _look_of_assistant(looker, formulas, total + text_tokens)
+    return Estimate(name, exact, grid, sites, lengths, kv_cache_bytes(of, stored), by_formula, looked, helped)
+
+
+def _look_of_assistant(method: Any, formulas: Sequence[str], prompt: int) -> dict[str, int]:
+    """Operations by formula of an assistant's decoder over `prompt` tokens, up to the last layer it looks at."""
+    of = dimensions(method.assistant)
+    last = max(method.layers_of(of.layers))
+    return {formula: sum(flops(formula, of, [prompt] * of.layers, 0)[:last]) for formula in formulas}

@@ -24,9 +24,16 @@ class FirstLook:
         None, "layers of the LLM that are looked at, counted from 0; null: the last third of them", low=0
     )
     upper_limit: int | None = setting(None, "the most tokens a frame may keep; null: all it has", low=1)
+    assistant: str | None = setting(
+        None, "checkpoint (folder or hub id) of a smaller model that looks instead, at layers of its own; null: none"
+    )
 
     def looks(self, depth: int = DEPTH) -> tuple[int, ...]:
-        """The layers that are looked at."""
+        """The layers that are looked at; of the model itself none if it has an assistant."""
+        return () if self.assistant else self.layers_of(depth)
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """The layers that are looked at, of whoever looks."""
         return tuple(range(depth * 2 // 3, depth)) if self.layers is None else self.layers
 
     def budget(self: Any, grid: Grid) -> int:

@@ -51,6 +51,8 @@ class Method:
     """Whether `reduce` is called at the first site even if nothing is to be removed: later ones need its notes."""
     slow: ClassVar[bool] = False
     """Whether a real video takes minutes: benchmarks leave it out unless it is asked for."""
+    costly: ClassVar[str] = ""
+    """Why it takes more than twice as long as FastVID, if it does (`vidcompress bench`)."""
 
     retention_ratio: float = setting(0.10, "fraction of the video tokens that is kept, in (0, 1]", above=0, high=1)
     positions: Literal["keep", "renumber"] = setting(

@@ -21,6 +21,9 @@ ABSENT = {
 }
 """Published methods that are no file of vidcompress/methods, and why."""
 
+DEEPSTACK = 3
+"""So many first decoder layers of the published Qwen3-VL models get features of the tower, for all of its tokens."""
+
 RESULT = (
     ("frames", "frames", "d"),
     ("video tokens before", "tokens_before", "d"),
@@ -43,7 +46,7 @@ RESULT = (
 
 def method_rows() -> Rows:
     """(header, rows): one row a shipped method."""
-    header = ("method", "paper", "acts at", "needs", "kept of 32x14x14")
+    header = ("method", "paper", "acts at", "needs", "kept of 32x14x14", "backbones")
     rows: list[tuple[str, ...]] = []
     for name in list_methods():
         method, paper = load(name), shipped(name)["paper"]
@@ -52,12 +55,13 @@ def method_rows() -> Rows:
         needs = ", ".join(sorted(method.needs)) or "nothing"
         counts = Pipeline.of(method).counts((32, 14, 14))
         bound = "" if method.exact else "at most "
-        kept = f"{bound}{_listed(counts.values())} at {method.retention_ratio:g}"
-        rows.append((name, source, _listed(counts), needs, kept))
+        kept = f"{bound}{listed(counts.values())} at {method.retention_ratio:g}"
+        early = any(0 <= site.layer < DEEPSTACK for site in counts)
+        rows.append((name, source, listed(counts), needs, kept, "all but qwen3_vl" if early else "all"))
     return header, rows
 
 
-def _listed(items: Iterable[object]) -> str:
+def listed(items: Iterable[object]) -> str:
     """A few of them one by one, of many the first and the last."""
     words = [str(item) for item in items]
     return ", ".join(words) if len(words) < 6 else f"{words[0]} to {words[-1]}"

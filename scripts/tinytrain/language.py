@@ -2,9 +2,9 @@
 
 Several questions about one clip share one forward: each sees the video and itself, and its positions start anew after
 the video, which is exactly what it would see alone. Clips grow longer as training goes on (4 frames at first, 24 at
-last), so that what binds colours to shapes is learnt where it is cheap. Where things are is learnt last, and only when
-most questions ask for it: beside ten other types in equal parts it is not learnt at all. No token is left out, unless
-the control run (`drops`) asks for it.
+last), so that what binds colours to shapes is learnt where it is cheap. Where things are is learnt in a second part, by
+a model that finds them already and is asked for little else; in equal parts with other questions, or by a model that
+has seen less, it is not learnt at all. No token is left out, unless the control run (`drops`) asks for it.
 """
 
 from __future__ import annotations
@@ -33,20 +33,40 @@ HARD = frozenset({"place", "direction"})
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of training.
+    """A stretch of training.
 
     Args:
-        end: where it ends, 1 being the end of training.
+        end: where it ends, 1 being the end of its part.
         frames: its clips' lengths, each as likely as it is often in here.
         hard: share of the questions that are of the hard types in any case; the others are spread over all types.
     """
 
     end: float
     frames: tuple[int, ...]
-    hard: float
+    hard: float = 0.0
 
 
-PHASES = (Phase(0.25, (4, 8), 0.0), Phase(0.6, (4, 4, 8), 0.7), Phase(1.0, (FRAMES, FRAMES, 12), 0.25))
+@dataclass(frozen=True)
+class Part:
+    """A part of training, with a learning rate that rises and falls.
+
+    Args:
+        number: from 0.
+        steps: unless others are asked for.
+        phases: in order.
+        weight: what the loss of a hard question counts, that of any other being 1.
+    """
+
+    number: int
+    steps: int
+    phases: tuple[Phase, ...]
+    weight: float = 1.0
+
+
+PARTS = (
+    Part(0, 3000, (Phase(0.3, (4, 8)), Phase(0.5, (8, 12)), Phase(1.0, (FRAMES, FRAMES, FRAMES, 12))), weight=2.0),
+    Part(1, 2700, (Phase(0.55, (4,), hard=0.8), Phase(1.0, (FRAMES, FRAMES, 12), hard=0.35))),
+)
 
 
 @dataclass
@@ -84,14 +104,14 @@ def spread(questions: list[Question], count: int, hard: float, rng: np.random.Ge
 class Lessons:
     """Draws batches of clips and packs their questions."""
 
-    def __init__(self, student: Student, seed: int, drops: bool, capacity: int = 5000) -> None:
-        self.student, self.drops = student, drops
-        self.rng = np.random.default_rng((seed, 5))
+    def __init__(self, student: Student, seed: int, drops: bool, part: Part = PARTS[0], capacity: int = 5000) -> None:
+        self.student, self.drops, self.phases = student, drops, part.phases
+        self.rng = np.random.default_rng((seed, 5, part.number) if part.number else (seed, 5))
         self.shelves: dict[tuple[int, int, int], Shelf] = defaultdict(lambda: Shelf(capacity))
 
     def batch(self, done: float, fresh: int = 3) -> tuple[Tensor, Tensor, Tensor, list[Question], int]:
         """Embeddings [B, L, D], mask [1, 1, L, L], positions [A, 1, L], the questions, and the clips' frames."""
-        phase = next(phase for phase in PHASES if done < phase.end)
+        phase = next(phase for phase in self.phases if done < phase.end)
         frames = int(self.rng.choice(phase.frames))
         height, width = self.student.sizes[int(self.rng.integers(len(self.student.sizes)))]
         shelf = self.shelves[frames, height, width]
@@ -171,8 +191,10 @@ def packed_attention(
     return torch.cat([video, own], 2).transpose(1, 2), None
 
 
-def train_language(student: Student, steps: int, seed: int, drops: bool, rate: float = 4e-3) -> list[dict[str, float]]:
-    """Trains the decoder; returns a log of accuracies by type over the last hundred steps."""
+def train_language(
+    student: Student, part: Part, steps: int, seed: int, drops: bool, rate: float = 4e-3
+) -> list[dict[str, float]]:
+    """Trains the decoder for one part; returns a log of accuracies by type over the last hundred steps."""
     AttentionInterface.register("packed", packed_attention)
     student.decoder.set_attn_implementation("packed")
     for module in student.eyes:
@@ -181,7 +203,7 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
     made, parameters = optimisers([student.decoder, head], rate)
     extra = [p for p in student.extra if p.requires_grad]
     made[1].add_param_group({"params": extra})
-    lessons, log = Lessons(student, seed, drops), []
+    lessons, log = Lessons(student, seed, drops, part), []
     right: dict[str, list[bool]] = defaultdict(list)
     start, end_of_turn = time.process_time(), VOCABULARY["<|im_end|>"]
     for step in range(steps):
@@ -195,7 +217,8 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
         rows = torch.arange(BATCH)[:, None]
         logits, ends = head(states[rows, asked]).flatten(0, 1), head(states[rows, asked + 1]).flatten(0, 1)
         answers = torch.tensor([VOCABULARY[q.answer] for q in questions])
-        loss = F.cross_entropy(logits, answers)
+        weights = torch.tensor([part.weight if q.type in HARD else 1.0 for q in questions])
+        loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
         total = loss + 0.05 * F.cross_entropy(ends, torch.full_like(answers, end_of_turn))
         for optimiser in made:
             optimiser.zero_grad()

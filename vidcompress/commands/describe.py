@@ -58,6 +58,8 @@ def show(
         out.print(f"acts at {', '.join(map(str, method.sites(layers)))}; needs {needs}")
         if looks := method.looks(layers):
             out.print(f"looks at layers {', '.join(map(str, looks))}, over the whole prompt, before it is reduced")
+        if assistant := getattr(method, "assistant", None):
+            out.print(f"{assistant} looks at the whole prompt before it is reduced", markup=False)
         for line in paper.get("differs", []):
             out.print(f"differs: {line}")
     bound = "" if all(method.exact for method in pipeline) else "at most "
@@ -129,11 +131,13 @@ def _flops_rows(estimates: Sequence[Estimate], formula: str, per_layer: bool) ->
     by_layer = list(zip(*(e.flops[formula] for e in estimates), strict=True))
     costs = {"all layers": tuple(map(sum, zip(*by_layer, strict=True)))}
     costs |= {f"layer {i}": layer for i, layer in enumerate(by_layer) if per_layer}
+    if any(e.assistant_flops for e in estimates):
+        costs["the assistant's first look"] = tuple(e.assistant_flops.get(formula, 0) for e in estimates)
     share = len(estimates) > 1
     header = (*_columns(estimates), *(("ratio",) if share else ()))
     rows: list[tuple[str, ...]] = []
     for title, line in costs.items():
-        ratio = (f"{line[-1] / line[0]:.2%}",) if share else ()
+        ratio = (f"{line[-1] / line[0]:.2%}" if line[0] else "-",) if share else ()
         rows.append((title, *(f"{cost / 1e12:.4f}" for cost in line), *ratio))
     return header, rows
 

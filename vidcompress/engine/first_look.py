@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class FirstLook:
             raise SeenEnough
 
     @torch.no_grad()
-    def take(self, run: Callable[[], Any], device: torch.device) -> None:
+    def take(self, run: Callable[[], Any]) -> None:
         """Lets `run` run the decoder, and adds the signal `first_look` [t, P], a mean over layers, to every video.
 
         Raises RuntimeError if the layers were not called through their hooks.
@@ -67,14 +67,29 @@ class FirstLook:
                 f"decoder layer {self.layers[-1]} was not called through its hooks in the first look (were layers "
                 "replaced after compression was applied?); remove the compression and apply it again"
             )
-        for video in self.plan.followed:
-            look = (self.paid[video.number] / len(self.layers)).view(video.video.grid[0], -1)
-            video.video = replace(video.video, signals={**video.video.signals, "first_look": look})
-        prompt = self.plan.prompt
-        if prompt is not None:
-            synchronise(device)
-            prompt.looked_at, prompt.look_seconds = [*self.layers], time.perf_counter() - started
-            prompt.seconds += prompt.look_seconds
+        grids = {video.number: video.video.grid for video in self.plan.followed}
+        looks = {number: (paid / len(self.layers)).view(grids[number][0], -1) for number, paid in self.paid.items()}
+        note(self.plan, looks, self.layers, started)
+
+
+def note(plan: Plan, looks: Mapping[int, Tensor], layers: Sequence[int], started: float) -> None:
+    """Adds the signal `first_look` [t, P] to every video of a plan, and what it took to the record of the prompt.
+
+    Args:
+        looks: by the video's number. Of tokens that another model has cut the frames into, their mean is given to all.
+        layers: that were looked at.
+        started: when, by `time.perf_counter`.
+    """
+    for video in plan.followed:
+        look, (t, h, w) = looks[video.number], video.video.grid
+        if look.shape[1] != h * w:
+            look = look.mean(1, keepdim=True).expand(t, h * w)
+        video.video = replace(video.video, signals={**video.video.signals, "first_look": look})
+        device = look.device
+    if plan.prompt is not None:
+        synchronise(device)
+        plan.prompt.looked_at, plan.prompt.look_seconds = [*layers], time.perf_counter() - started
+        plan.prompt.seconds += plan.prompt.look_seconds
 
 
 def lent(cache: Any) -> Any:

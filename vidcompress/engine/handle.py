@@ -9,6 +9,7 @@ from torch import nn
 
 from vidcompress import patches
 from vidcompress.config import Compression, load
+from vidcompress.engine.assistant import Assistant
 from vidcompress.engine.decoder_signals import DECODER_SIGNALS
 from vidcompress.engine.hooks import Engine
 from vidcompress.engine.siglip_head import SiglipHead, load_siglip_head
@@ -44,12 +45,13 @@ class Handle:
         self._patch.check(model)
         self._heads: dict[str, SiglipHead] = {}
         self._named: str | None = None
+        self._assistants: dict[str, Assistant] = {}
         self.compression: Pipeline = Pipeline.of(compression).on(getattr(model.config, "model_type", ""))
         self._check(self.compression)
-        head, source = self._head(self.compression)
+        parts = (*self._head(self.compression), self._assistant(self.compression))
         self._engine = Engine(model, self._patch, self.trace)
         try:
-            self._engine.configure(self.compression, head, source)
+            self._engine.configure(self.compression, *parts)
         except BaseException:
             self._engine.remove()
             raise
@@ -65,7 +67,7 @@ class Handle:
             raise ValueError("this handle was removed; apply the compression anew")
         pipeline = Pipeline.of(load(compression, **settings)).on(self.model.config.model_type)
         self._check(pipeline)
-        self._engine.configure(pipeline, *self._head(pipeline))
+        self._engine.configure(pipeline, *self._head(pipeline), self._assistant(pipeline))
         self.compression = pipeline
         return self
 
@@ -78,6 +80,7 @@ class Handle:
         """Makes the model bit-exactly its own again. Does nothing the second time."""
         if self.active:
             self._engine.remove()
+            self._assistants.clear()
             for part in self._parts():
                 del part.__dict__[ATTRIBUTE]
 
@@ -123,6 +126,16 @@ class Handle:
                     f"{method.name} acts at {site}; the first {deepstack} layers of this model add features to the "
                     f"video tokens (deepstack), so reduction inside the LLM can begin at layer {deepstack}"
                 )
+
+    def _assistant(self, pipeline: Pipeline) -> Assistant | None:
+        """Who takes first looks for this pipeline, if it is not the model itself."""
+        for method in pipeline:
+            name = getattr(method, "assistant", None)
+            if name:
+                if name not in self._assistants:
+                    self._assistants[name] = Assistant(name, self.model)
+                return self._assistants[name].looking_at(getattr(method, "layers", None))
+        return None
 
     def _head(self, pipeline: Pipeline) -> tuple[SiglipHead | None, str | None]:
         """The SigLIP pooling head the pipeline asks for and its source, or None with one warning if there is none."""

@@ -41,6 +41,7 @@ from vidcompress.tokens import Site
 from vidcompress.trace import Trace
 
 if TYPE_CHECKING:
+    from vidcompress.engine.assistant import Assistant
     from vidcompress.patches.base import Patch
 
 
@@ -56,7 +57,7 @@ class Engine:
         self.model, self.patch, self.trace = model, patch, trace
         self.base, self.decoder = patch.base(model), patch.decoder(model)
         self.local = ThreadState()
-        self._setup: tuple[Pipeline, SiglipHead | None, str | None]
+        self._setup: tuple[Pipeline, SiglipHead | None, str | None, Assistant | None]
         self.tower = patch.tower_signals(model)
         self._base_signature = inspect.signature(type(self.base).forward)
         before, after = {"with_kwargs": True}, {"always_call": True}
@@ -76,11 +77,13 @@ class Engine:
         for override in self._overrides:
             override.install()
 
-    def configure(self, pipeline: Pipeline, head: SiglipHead | None, source: str | None) -> None:
+    def configure(
+        self, pipeline: Pipeline, head: SiglipHead | None, source: str | None, assistant: Assistant | None = None
+    ) -> None:
         """Uses `pipeline` from the next prompt on. `source` says where the head comes from."""
         if pipeline.needs & self.patch.provides:
             self.patch.signal_layer(self.model, {})
-        self._setup = (pipeline, head, source)  # in one step: other threads may be encoding
+        self._setup = (pipeline, head, source, assistant)  # in one step: other threads may be encoding
 
     @property
     def pipeline(self) -> Pipeline:
@@ -117,7 +120,7 @@ class Engine:
             encode: makes that call.
         """
         self.patch.check_call(self.model, given)
-        pipeline, head, source = self._setup
+        pipeline, head, source, assistant = self._setup
         needs = pipeline.needs & self.patch.provides
         recording: AbstractContextManager[dict[str, Any]] = nullcontext({})
         if self.tower.wanted(needs, head):
@@ -126,7 +129,8 @@ class Engine:
         with recording as signals:
             output = encode()
         seconds = signals.pop("seconds", 0.0)
-        return output, Encoding(self.patch.encoded(self.model, given, signals), pipeline, source, seconds)
+        videos = self.patch.encoded(self.model, given, signals)
+        return output, Encoding(videos, pipeline, source, seconds, assistant, given if assistant else {})
 
     # -- the base model ----------------------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -161,6 +165,7 @@ class Engine:
             None if image is None else where(image),
             None if encoded is None else encoding,
             sys.maxsize if prompt is None else prompt - past,
+            given,
         )
 
     def _refuse_placeholders(self, ids: Tensor | None, cache: Any) -> None:
@@ -207,6 +212,8 @@ class Engine:
         if pending is not None:
             plan = Plan.make(tokens, pending.for_rows(len(tokens.mask)), len(decoder.layers), self.trace.enabled)
             self._refuse_checkpointing(decoder, plan)
+            if plan.assistant is not None:
+                plan.assistant.look(plan, pending, past)
         use_cache = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = self.patch.new_cache(decoder)
@@ -220,7 +227,7 @@ class Engine:
             self._refuse_replaced_layers(decoder)
         if plan is not None and plan.looks:
             look = FirstLook(plan, plan.looks)
-            self._look(Running(decoder, lent(cache) if past else None, None, *common, look), tokens, kwargs)
+            self.look(Running(decoder, lent(cache) if past else None, None, *common, look), tokens, kwargs)
         tokens = running.begin(tokens)
         if running.changed and kwargs.get("visual_pos_masks") is not None:
             running.narrow_deepstack(kwargs)
@@ -230,7 +237,7 @@ class Engine:
         self.local.running = running
         return args, kwargs
 
-    def _look(self, running: Running, tokens: Sequence, kwargs: dict[str, Any]) -> None:
+    def look(self, running: Running, tokens: Sequence, kwargs: dict[str, Any]) -> None:
         """Makes a first look: a run of the decoder over all `tokens`, which stores nothing for later."""
         assert running.look is not None
         running.begin(tokens)
@@ -239,7 +246,7 @@ class Engine:
         self.local.running = running
         try:
             with served(running.state):
-                running.look.take(lambda: running.decoder.forward(**quiet), tokens.embeds.device)
+                running.look.take(lambda: running.decoder.forward(**quiet))
         finally:
             self.local.running = None
 

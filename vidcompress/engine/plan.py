@@ -19,6 +19,7 @@ from vidcompress.tokens import Reduction, Site, VideoTokens
 from vidcompress.trace import Prompt, Step, Trace
 
 if TYPE_CHECKING:
+    from vidcompress.engine.assistant import Assistant
     from vidcompress.patches.base import EncodedVideo
 
 
@@ -31,12 +32,16 @@ class Encoding:
         pipeline: what is to become of them, whatever is switched to meanwhile.
         head: where the SigLIP pooling head came from, or None.
         seconds: what taking the signals cost.
+        assistant: who takes first looks, if not the model itself.
+        given: with which arguments the encoder was called, if there is an assistant to hand them on to.
     """
 
     videos: list[EncodedVideo]
     pipeline: Pipeline
     head: str | None
     seconds: float
+    assistant: Assistant | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,12 +53,14 @@ class Pending:
         images: [B, L] bool, the placeholders of images, or None.
         encoding: the videos, once they are encoded.
         limit: how many columns belong to the prompt; what follows was decoded and must not sway a method.
+        given: with which arguments the base model was called.
     """
 
     where: Tensor
     images: Tensor | None
     encoding: Encoding | None
     limit: int
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def for_rows(self, batch: int) -> Pending:
         """The same after generate() repeated every row for beams and return sequences."""
@@ -127,6 +134,7 @@ class Plan:
         textless: rows that have no text after their last video.
         evictions: the method at every site between decoding steps, if something is to go there.
         looks: decoder layers that are looked at before the whole prompt is reduced.
+        assistant: who looks at the whole prompt instead.
         prompt: the trace's record, or None if the trace is off.
         taken: (row, columns [N], reduction) of every video at the last site.
     """
@@ -138,6 +146,7 @@ class Plan:
     textless: list[int]
     evictions: Mapping[Site, Method] = field(default_factory=dict)
     looks: tuple[int, ...] = ()
+    assistant: Assistant | None = None
     prompt: Prompt | None = None
     taken: list[tuple[int, Tensor, Reduction]] = field(default_factory=list)
 
@@ -177,7 +186,7 @@ class Plan:
         if "frame_features" in encoding.pipeline.needs:
             plan._add_frame_features(tokens)
         if "first_look" in encoding.pipeline.needs and any(map(plan._is_reduced, plan.followed)):
-            plan.looks = encoding.pipeline.looks(depth)
+            plan.looks, plan.assistant = encoding.pipeline.looks(depth), encoding.assistant
         if any(
             encoding.pipeline.stored(v.grid, depth) != encoding.pipeline.lengths(v.grid, depth) for v in encoding.videos
         ):

@@ -135,7 +135,7 @@ def ask(model: Any, sheet: Sheet) -> Reply:
     handle = handle_of(model)
     depth = model.config.get_text_config().num_hidden_layers
     pipeline = () if handle is None else handle.compression
-    reads = any(site.is_inner for m in pipeline for site in m.sites(depth)) or any(m.looks(depth) for m in pipeline)
+    reads = any("first_look" in m.needs or any(site.is_inner for site in m.sites(depth)) for m in pipeline)
     # Qwen's text behind a video stands elsewhere in a later turn than in the same prompt.
     apart = reads or hasattr(model.model, "rope_deltas")
     logits, records = _ask_apart(model, sheet) if apart else _ask_in_turn(model, sheet)

@@ -39,13 +39,22 @@ def accuracy_rows(results: Results) -> Rows:
 def _cell(results: Results, run: Run | None, ratio: float, types: Sequence[str]) -> str:
     if run is None:
         return "-"
-    share, error = results.accuracy(run, types)
-    text = f"{100 * share:.1f} ±{100 * error:.1f}"
+    text = _percent(*results.accuracy(run, types))
     floor = results.find(FLOOR, ratio)
     if floor is None or run is floor:
         return text
     more, paired = results.difference(run, floor, types)
     return f"{text} ({100 * more:+.1f} ±{100 * paired:.1f})"
+
+
+def _percent(share: float, error: float) -> str:
+    return f"{100 * share:.1f} ±{100 * error:.1f}"
+
+
+def share(results: Results, name: str, ratio: float) -> str:
+    """Accuracy of one run over the types that count, and its error, in per cent; a dash if it was not asked."""
+    run = results.find(name, ratio)
+    return "-" if run is None else _percent(*results.accuracy(run, results.counted()))
 
 
 def type_rows(results: Results, ratio: float) -> Rows:
