@@ -390,8 +390,13 @@ def test_an_assistant_reads_prompts_whole(twin: str) -> None:
 def test_an_assistant_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     qwen("qwen2_vl").save_pretrained(tmp_path)
     model = llava()
-    with pytest.raises(ValueError, match="both need the same processor"):
+    with pytest.raises(ValueError, match="is a qwen2_vl, the model a llava_onevision"):
         compress(model, method(assistant=str(tmp_path)))
+    other = llava()
+    other.config.video_token_id = other.config.video_token_index = 9
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="writes videos as token 9, the model as"):
+        compress(model, method(assistant=str(tmp_path / "other")))
     assert vidcompress.handle_of(model) is None
 
 

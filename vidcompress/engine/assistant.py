@@ -55,22 +55,25 @@ class Assistant:
         model: the model that answers.
 
     Raises:
-        ValueError: the assistant has no patch, is of another type than the model, or writes videos in another way.
+        ValueError: the assistant is of another type than the model, or writes videos in another way.
         OSError: the checkpoint cannot be read.
     """
 
     def __init__(self, name: str, model: Any) -> None:
-        from vidcompress.auto import AutoModelForImageTextToText
+        from transformers import AutoConfig
 
-        loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=model.dtype)
-        self.name, self.model = name, loaded.to(model.device).eval()
-        patch, own = patches.find(loaded.config), patches.find(model.config)
-        both = [(m.config.model_type, p.video_token(m)) for m, p in ((loaded, patch), (model, own))]
-        if both[0] != both[1]:
+        found, own = AutoConfig.from_pretrained(name).model_type, model.config.model_type
+        if found != own:
+            raise ValueError(f"assistant {name!r} is a {found}, the model a {own}; both have to read the same prompt")
+        loaded = type(model).from_pretrained(name, dtype=model.dtype)
+        patch = patches.find(loaded.config)
+        theirs, ours = patch.video_token(loaded), patch.video_token(model)
+        if theirs != ours:
             raise ValueError(
-                f"assistant {name!r} is a {both[0][0]} that writes videos as token {both[0][1]}, the model a "
-                f"{both[1][0]} with {both[1][1]}; an assistant reads the same prompt, so both need the same processor"
+                f"assistant {name!r} writes videos as token {theirs}, the model as {ours}; both have to read the same "
+                "prompt, so their processors must be the same"
             )
+        self.name, self.model = name, loaded.to(model.device).eval()
         self.decoder: Any = patch.decoder(loaded)
         self._engine = Looking(loaded, patch, Trace(False))
         self._pipeline: Pipeline
@@ -100,7 +103,10 @@ class Assistant:
         """
         assert pending.encoding is not None
         started = time.perf_counter()
-        given = {**pending.given, **pending.encoding.given}
+        given = dict(pending.given)
+        if given.get("pixel_values_videos") is None:  # generate() has had them encoded before
+            pixels = {"pixel_values": "pixel_values_videos"}  # as older transformers call them there
+            given |= {pixels.get(name, name): value for name, value in pending.encoding.given.items()}
         given = {k: v for k, v in given.items() if v is not None and k not in OWN and not k.startswith(OUTPUTS)}
         missing = [name for name in ("input_ids", "pixel_values_videos") if name not in given]
         if missing or past:
