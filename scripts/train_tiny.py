@@ -5,8 +5,7 @@
 First tower and projector learn what every patch shows, then, with these kept, the language model learns to answer. The
 checkpoint is bf16 in transformers' own format, with its processor; `training.json` beside it holds settings, versions,
 learning curves and CPU time. `--drops` is the control: half of its batches lose 50 to 90 % of the video's tokens at
-random. `--eyes` takes a finished first half, so that both runs of a seed may share it; `--after` goes on behind the
-first part of the language model's training.
+random. `--eyes` takes a finished first half, so that both runs of a seed may share it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from vidcompress.compat import ensure_torchvision
 ensure_torchvision()
 
 import transformers  # noqa: E402  it reads torchvision at import
-from tinytrain.language import PARTS, train_language  # noqa: E402
+from tinytrain.language import train_language  # noqa: E402
 from tinytrain.models import STUDENTS  # noqa: E402
 from tinytrain.vision import train_vision  # noqa: E402
 
@@ -35,10 +34,9 @@ def main() -> None:
     parser.add_argument("--backbone", choices=sorted(STUDENTS), default="llava_onevision")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=1300)
-    parser.add_argument("--language-steps", type=int, help="of each part")
+    parser.add_argument("--language-steps", type=int, default=3000)
     parser.add_argument("--drops", action="store_true", help="the control run: random tokens are left out")
     parser.add_argument("--eyes", type=Path, help="tower and projector of an earlier run: its eyes.pt")
-    parser.add_argument("--after", type=Path, help="what an earlier run had learnt after the first part: its part0.pt")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -48,37 +46,27 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     student = STUDENTS[args.backbone]()
     start = time.process_time()
-    logs: dict[str, list[dict[str, float]]] = {"vision": [], "language": []}
-    parts, before = PARTS, 0.0
-    if args.after is not None:
-        saved = torch.load(args.after)
-        student.model.load_state_dict(saved["model"])
-        logs, before, parts = saved["logs"], saved["cpu_seconds"], PARTS[1:]
-    elif args.eyes is not None:
+    if args.eyes is None:
+        vision = train_vision(student, args.vision_steps, args.seed)
+        torch.save([module.state_dict() for module in student.eyes], args.out / "eyes.pt")
+    else:
+        vision = []
         for module, state in zip(student.eyes, torch.load(args.eyes)):
             module.load_state_dict(state)
-    else:
-        logs["vision"] = train_vision(student, args.vision_steps, args.seed)
-        torch.save([module.state_dict() for module in student.eyes], args.out / "eyes.pt")
-    for part in parts:
-        steps = args.language_steps or part.steps
-        log = train_language(student, part, steps, args.seed, args.drops)
-        logs["language"] += [{"part": part.number, **row} for row in log]
-        spent = before + time.process_time() - start
-        saved = {"model": student.model.state_dict(), "logs": logs, "cpu_seconds": spent}
-        torch.save(saved, args.out / f"part{part.number}.pt")
+    language = train_language(student, args.language_steps, args.seed, args.drops)
     student.save(args.out)
     record = {
         "backbone": args.backbone,
         "seed": args.seed,
         "drops": args.drops,
         "parameters": sum(p.numel() for p in student.model.parameters()),
-        "cpu_seconds": spent,
+        "cpu_seconds": time.process_time() - start,
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.machine(),
     }
     lines = [f'"{name}": {json.dumps(value)}' for name, value in record.items()]
+    logs = {"vision": vision, "language": language}
     lines += [f'"{name}": [\n' + ",\n".join(map(json.dumps, log)) + "\n]" for name, log in logs.items()]
     (args.out / "training.json").write_text("{" + ",\n".join(lines) + "}\n")
     print(f"{args.out}: {record['cpu_seconds'] / 60:.0f} CPU minutes")

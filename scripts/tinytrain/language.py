@@ -2,9 +2,8 @@
 
 Several questions about one clip share one forward: each sees the video and itself, and its positions start anew after
 the video, which is exactly what it would see alone. Clips grow longer as training goes on (4 frames at first, 24 at
-last), so that what binds colours to shapes is learnt where it is cheap. Where things are is learnt in a second part, by
-a model that finds them already and is asked for little else; in equal parts with other questions, or by a model that
-has seen less, it is not learnt at all. No token is left out, unless the control run (`drops`) asks for it.
+last), so that what binds colours to shapes is learnt where it is cheap; no token is left out, unless the control run
+(`drops`) asks for it.
 """
 
 from __future__ import annotations
@@ -27,46 +26,10 @@ from vidcompress.eval.tinyqa.words import VOCABULARY, encode
 
 BATCH, PACKED, BLOCK = 8, 8, 16  # clips a step, questions a clip, ids a question
 KEPT = (0.1, 0.5)  # of a clip's tokens, in the control run with drops
-HARD = frozenset({"place", "direction"})
-"""Types that are learnt last."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training.
-
-    Args:
-        end: where it ends, 1 being the end of its part.
-        frames: its clips' lengths, each as likely as it is often in here.
-        hard: share of the questions that are of the hard types in any case; the others are spread over all types.
-    """
-
-    end: float
-    frames: tuple[int, ...]
-    hard: float = 0.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of training, with a learning rate that rises and falls.
-
-    Args:
-        number: from 0.
-        steps: unless others are asked for.
-        phases: in order.
-        weight: what the loss of a hard question counts, that of any other being 1.
-    """
-
-    number: int
-    steps: int
-    phases: tuple[Phase, ...]
-    weight: float = 1.0
-
-
-PARTS = (
-    Part(0, 3000, (Phase(0.3, (4, 8)), Phase(0.5, (8, 12)), Phase(1.0, (FRAMES, FRAMES, FRAMES, 12))), weight=2.0),
-    Part(1, 2700, (Phase(0.55, (4,), hard=0.8), Phase(1.0, (FRAMES, FRAMES, 12), hard=0.35))),
-)
+HARD = {"place": 2.0, "direction": 2.0}
+"""Types that are learnt last, and what their loss counts."""
+CURRICULUM = ((0.3, (4, 8)), (0.5, (8, 12)), (1.0, (FRAMES, FRAMES, FRAMES, 12)))
+"""Until which part of training, clips of which lengths."""
 
 
 @dataclass
@@ -84,12 +47,8 @@ class Shelf:
             self.clips[int(rng.integers(self.capacity))] = clip
 
 
-def spread(questions: list[Question], count: int, hard: float, rng: np.random.Generator) -> list[Question]:
-    """`count` questions: a share of hard ones, the others as evenly over the types as the clip allows."""
-    demanding = [question for question in questions if question.type in HARD]
-    if demanding and (drawn := int(rng.binomial(count, hard))):
-        own = [demanding[int(i)] for i in rng.integers(len(demanding), size=drawn)]
-        return own + spread(questions, count - drawn, 0.0, rng)
+def spread(questions: list[Question], count: int, rng: np.random.Generator) -> list[Question]:
+    """`count` questions, as evenly over the types as the clip allows, no type's twice before every type's once."""
     by_type: dict[str, list[Question]] = defaultdict(list)
     for i in rng.permutation(len(questions)):
         by_type[questions[i].type].append(questions[i])
@@ -104,20 +63,20 @@ def spread(questions: list[Question], count: int, hard: float, rng: np.random.Ge
 class Lessons:
     """Draws batches of clips and packs their questions."""
 
-    def __init__(self, student: Student, seed: int, drops: bool, part: Part = PARTS[0], capacity: int = 5000) -> None:
-        self.student, self.drops, self.phases = student, drops, part.phases
-        self.rng = np.random.default_rng((seed, 5, part.number) if part.number else (seed, 5))
+    def __init__(self, student: Student, seed: int, drops: bool, capacity: int = 5000) -> None:
+        self.student, self.drops = student, drops
+        self.rng = np.random.default_rng((seed, 5))
         self.shelves: dict[tuple[int, int, int], Shelf] = defaultdict(lambda: Shelf(capacity))
 
     def batch(self, done: float, fresh: int = 3) -> tuple[Tensor, Tensor, Tensor, list[Question], int]:
         """Embeddings [B, L, D], mask [1, 1, L, L], positions [A, 1, L], the questions, and the clips' frames."""
-        phase = next(phase for phase in self.phases if done < phase.end)
-        frames = int(self.rng.choice(phase.frames))
+        lengths = next(lengths for end, lengths in CURRICULUM if done < end or end == 1.0)
+        frames = int(self.rng.choice(lengths))
         height, width = self.student.sizes[int(self.rng.integers(len(self.student.sizes)))]
         shelf = self.shelves[frames, height, width]
         self._fill(shelf, max(fresh, 2 * BATCH - len(shelf.clips)), frames, height, width)
         picked = [shelf.clips[int(i)] for i in self.rng.integers(len(shelf.clips), size=BATCH)]
-        questions = [q for _, known in picked for q in spread(known, PACKED, phase.hard, self.rng)]
+        questions = [q for _, known in picked for q in spread(known, PACKED, self.rng)]
         video = torch.stack([tokens for tokens, _ in picked]).float()
         embeds, positions = self._prompt(video, frames, height, width)
         ids = torch.tensor([block(q) for q in questions]).view(BATCH, PACKED * BLOCK)
@@ -191,10 +150,8 @@ def packed_attention(
     return torch.cat([video, own], 2).transpose(1, 2), None
 
 
-def train_language(
-    student: Student, part: Part, steps: int, seed: int, drops: bool, rate: float = 4e-3
-) -> list[dict[str, float]]:
-    """Trains the decoder for one part; returns a log of accuracies by type over the last hundred steps."""
+def train_language(student: Student, steps: int, seed: int, drops: bool, rate: float = 4e-3) -> list[dict[str, float]]:
+    """Trains the decoder; returns a log of accuracies by type over the last hundred steps."""
     AttentionInterface.register("packed", packed_attention)
     student.decoder.set_attn_implementation("packed")
     for module in student.eyes:
@@ -203,7 +160,7 @@ def train_language(
     made, parameters = optimisers([student.decoder, head], rate)
     extra = [p for p in student.extra if p.requires_grad]
     made[1].add_param_group({"params": extra})
-    lessons, log = Lessons(student, seed, drops, part), []
+    lessons, log = Lessons(student, seed, drops), []
     right: dict[str, list[bool]] = defaultdict(list)
     start, end_of_turn = time.process_time(), VOCABULARY["<|im_end|>"]
     for step in range(steps):
@@ -217,7 +174,7 @@ def train_language(
         rows = torch.arange(BATCH)[:, None]
         logits, ends = head(states[rows, asked]).flatten(0, 1), head(states[rows, asked + 1]).flatten(0, 1)
         answers = torch.tensor([VOCABULARY[q.answer] for q in questions])
-        weights = torch.tensor([part.weight if q.type in HARD else 1.0 for q in questions])
+        weights = torch.tensor([HARD.get(q.type, 1.0) for q in questions])
         loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
         total = loss + 0.05 * F.cross_entropy(ends, torch.full_like(answers, end_of_turn))
         for optimiser in made:
