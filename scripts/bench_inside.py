@@ -2,11 +2,11 @@
 
     python scripts/bench_inside.py --channels 3584 --grid 32x14x14 --repeat 3
 
-Rounds are interleaved; a row gives the least of both times (what else runs on the machine only adds), their ratio, and
-the memory that each takes beyond its input in a round of its own (CPU: resident memory, GPU: allocated). A whole method
-is measured against itself on the definitions of its ops, which follow the papers' steps as they are written. Tokens are
-synthetic shots of still and moving positions; the decoder layer has Qwen2-7B's width and random weights. Only ratios of
-one run mean something.
+Rounds are interleaved, two calls a round; a row gives the least of both times (what else runs on the machine only
+adds), their ratio, and the memory that each takes beyond its input in a round of its own (CPU: resident memory, GPU:
+allocated). A whole method is measured against itself on the definitions of its ops, which follow the papers' steps as
+they are written. Tokens are synthetic shots of still and moving positions; the decoder layer has Qwen2-7B's width and
+random weights. Only ratios of one run mean something.
 """
 
 from __future__ import annotations
@@ -366,6 +366,15 @@ def layer_steps(x: Tensor, text: int, heads: int, kv_heads: int) -> list[Step]:
     ]
 
 
+def quickest(work: Work, device: torch.device) -> float:
+    """Milliseconds of one call, or of a second one that finds caches and memory as the first has left them.
+
+    What ran before may have been a step that maps gigabytes. A call of many seconds is not repeated.
+    """
+    first = milliseconds(work, device)
+    return first if first > 5000 else min(first, milliseconds(work, device))
+
+
 def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     """Prints a table (or JSON) and returns its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -381,7 +390,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = device_at_hand()
-    torch.set_default_device(device)
+    if device.type != "cpu":  # a default device, even this one, costs microseconds a call
+        torch.set_default_device(device)
     t, h, w = (int(side) for side in options.grid.split("x"))
     with torch.device("cpu"):
         x = synthetic(t, h * w, options.channels)
@@ -394,7 +404,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     times: list[list[tuple[float | None, float | None]]] = [[] for _ in steps]
     for _ in range(options.repeat):
         for step, rounds in zip(steps, times, strict=True):
-            rounds.append((milliseconds(step.ours, device), step.naive and milliseconds(step.naive, device)))
+            rounds.append((quickest(step.ours, device), step.naive and quickest(step.naive, device)))
     memory = [(megabytes(step.ours, device), step.naive and megabytes(step.naive, device)) for step in steps]
     rows = [_row(step, *both) for step, both in zip(steps, zip(times, memory, strict=True), strict=True)]
     about = machine() | {"grid": options.grid, "channels": options.channels}
@@ -405,7 +415,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
         print("  ".join(f"{name:<{max(10, len(name))}}" for name in rows[0]))
         for row in rows:
             print("  ".join(f"{'-' if v is None else v!s:<{max(10, len(k))}}" for k, v in row.items()))
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     return rows
 
 

@@ -61,11 +61,14 @@ def milliseconds(work: Work, device: torch.device) -> float:
 
 def megabytes(work: Work, device: torch.device) -> float | None:
     """Most memory of one call beyond what was there before; None where the system does not tell."""
-    _unmap_what_is_freed()
-    before = reset_peak_memory(device)
-    work()
-    synchronise(device)
-    peak = peak_memory_mb(device)
+    _allocate_anew(True)
+    try:
+        before = reset_peak_memory(device)
+        work()
+        synchronise(device)
+        peak = peak_memory_mb(device)
+    finally:
+        _allocate_anew(False)
     return None if peak is None or before is None else max(0.0, peak - before)
 
 
@@ -93,13 +96,16 @@ def _resident(line: str) -> float | None:
     return None
 
 
-def _unmap_what_is_freed() -> None:
-    """Lets glibc give every block back at once, so that resident memory is what is in use; it slows allocation down."""
+def _allocate_anew(wanted: bool) -> None:
+    """Lets glibc map every block anew and give it back at once, so that resident memory is what is in use; or, as it
+    does by itself after a while, keep blocks of up to 32 MB: page faults cost more than most work."""
     if platform.system() == "Linux":
-        m_mmap_threshold = -3
+        m_mmap_threshold, m_trim_threshold = -3, -1
         with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
-            ctypes.CDLL(None).malloc_trim(0)
+            library = ctypes.CDLL(None)
+            library.mallopt(m_mmap_threshold, 1 << 16 if wanted else 32 << 20)
+            library.mallopt(m_trim_threshold, 1 << 17 if wanted else 64 << 20)
+            library.malloc_trim(0)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 @dataclass(kw_only=True)
 class DivPrune(Method):
+    costly = "half of its r N N distances have to be taken"
     official: bool = setting(False, "the code's count: round(r * N), a half to the even number, where others floor")
 
     def budget(self, grid: Grid) -> int:

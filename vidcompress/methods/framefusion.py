@@ -5,6 +5,8 @@ At the next layer the tokens that the prompt's last token attends to least go, s
 what is kept is `retention_ratio`, the code's `cost`. Counts depend on the video, so that `count` is the most they can
 be. The code acts behind the attention of a layer, this at the input of the next one. Where merging alone would spend
 the budget, there the code stops with an error, this prunes at once.
+
+About twice FastVID's time: likenesses to the token before, in fp64, once for all tokens and again for what is left.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ CHUNK = 1024
 @dataclass(kw_only=True)
 class FrameFusion(Method):
     needs = frozenset({"last_query_attention.previous"})
+    costly = "likenesses of all neighbouring frames, again in every layer that still merges"
 
     retention_ratio: float = setting(0.3, "cost: mean over all layers of the fraction kept", above=0, high=1)
     similarity: float = setting(0.6, "S: a token joins the one before it if their cosine is at least this")

@@ -1,7 +1,7 @@
 """HieraVid: hierarchical pruning. Runs are merged before the LLM, then relevance decides, then relevance and diversity.
 
 Four equal stages of decoder layers keep fewer and fewer tokens. What docs/decisions.md, D17 to D20, settles is not in
-the paper.
+the paper. A little over twice FastVID's time: likenesses to the token before, in fp64, and greedy MAP.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DECAYS = ((0.1, 0.23), (0.2, 0.355), (0.3, 0.61))
 @dataclass(kw_only=True)
 class HieraVid(Method):
     needs = frozenset({"last_text_hidden"})
+    costly = "likenesses of all neighbouring frames, and greedy MAP in two stages"
     looks_ahead = True
 
     retention_ratio: float = setting(0.30, "mean over all layers of the fraction kept", above=0, high=1)

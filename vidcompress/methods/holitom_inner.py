@@ -19,6 +19,7 @@ from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 @dataclass(kw_only=True)
 class HoliTomInner(Method):
     needs = frozenset({"last_query_attention.previous"})
+    costly = "alone, half of the video is compared with the other half"
 
     retention_ratio: float = setting(0.5, "1 - r: fraction of the tokens at layer K that is kept", above=0, high=1)
     layer: int | None = setting(None, "K, counted from 0; null: 18 of 28 layers, in proportion", low=1)

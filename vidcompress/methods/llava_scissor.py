@@ -37,6 +37,7 @@ NONE = -2.0
 
 @dataclass(kw_only=True)
 class LlavaScissor(Method):
+    costly = "means of all frames compared with each other for every threshold that is tried"
     slow = True
 
     positions: Literal["keep", "renumber"] = setting("renumber", "the representatives are numbered anew")

@@ -1,6 +1,7 @@
 """Outer half of the Unified spatiotemporal compression: one pool of salient tokens, like none other in it, per video.
 
-What the pool turns away is recycled: clustered by density peaks, every cluster handed on as its mean.
+What the pool turns away is recycled: clustered by density peaks, every cluster handed on as its mean. The peaks are
+global and exact, which takes all N x N distances, a tile at a time: fifteen times FastVID's time on a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vidcompress.tokens import Reduction, Site, VideoTokens
 class UnifiedPool(Method):
     needs = frozenset({"saliency.received"})
     budget_rule = "frame_round"
+    costly = "exact density peaks of all that the pool turns away"
 
     tau: float = setting(0.7, "a token joins the pool if its cosine to all in it is below this (eq. 2)", low=0)
     cluster_share: float = setting(0.3, "share of the budget that is cluster means", low=0, high=1)
