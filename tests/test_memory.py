@@ -9,7 +9,16 @@ from allocations import peak_bytes
 from vidcompress.bench import decide, merge, synthetic
 from vidcompress.method import list_methods
 
-LOCAL = ["dycoke_outer", "fastvid", "prumerge", "prumerge_plus", "uniform_frames", "uniform_tokens", "visionzip"]
+LOCAL = [
+    "dycoke_outer",
+    "fastvid",
+    "hieravid",
+    "prumerge",
+    "prumerge_plus",
+    "uniform_frames",
+    "uniform_tokens",
+    "visionzip",
+]
 """Methods that compare tokens of a frame, or of a shot, only."""
 
 

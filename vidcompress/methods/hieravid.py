@@ -19,8 +19,8 @@ from vidcompress import ops
 from vidcompress.method import DEPTH, Method, decay_for, floor, setting
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
-DECAYS = ((0.1, 0.23), (0.2, 0.355), (0.3, 0.61))
-"""(retention ratio, q) that reproduce the paper's FLOPs; in between q is interpolated."""
+CHUNK_ELEMENTS = 4 << 20  # of the video, whose fp32 copies exist at once
+DECAYS = ((0.1, 0.23), (0.2, 0.355), (0.3, 0.61))  # (retention ratio, q) of the paper's FLOPs; q is interpolated
 
 
 @dataclass(kw_only=True)
@@ -103,20 +103,22 @@ class HieraVid(Method):
         shared = marked.sum(1).tolist()
         starts = [f for f in range(t) if f == 0 or shared[f] < self.beta * p - 1e-9]
         segments = list(itertools.pairwise([*starts, t]))
-        notes = self._segment_scores(merged.apply(tokens.features.float()), merged.keep // p, segments)
+        owned = [(merged.keep >= start * p) & (merged.keep < end * p) for start, end in segments]
+        columns = tokens.features.split(max(1, CHUNK_ELEMENTS // (t * p)), dim=1)
+        chunks = (merged.apply(part.float()).double() for part in columns)
+        means = torch.cat([torch.stack([x[own].mean(0) for own in owned]) for x in chunks], 1)
+        notes = {"segments": segments, **self._segment_scores(means)}
         return Reduction(merged.keep, t * p, merged.slot, merged.source, merged.weight, notes)
 
-    def _segment_scores(self, x: Tensor, frame: Tensor, segments: list[tuple[int, int]]) -> dict[str, Any]:
-        """How much a segment stands for what follows and differs from what came before, as z-scores (eq. 4-5)."""
-        mean = [x[(frame >= start) & (frame < end)].double().mean(0) for start, end in segments]
-        g = torch.stack(mean)
+    def _segment_scores(self, g: Tensor) -> dict[str, Any]:
+        """From means [S, C]: how much a segment stands for what follows, and is not what came before (eq. 4-5)."""
         before = g.cumsum(0) - g  # sums over the segments before each, and after it
         after = g.sum(0) - g - before
         last = torch.arange(len(g), device=g.device) == len(g) - 1  # what comes after it is nothing but rounding
         left = cosine_similarity(g, before, dim=-1, eps=1e-30)
         right = cosine_similarity(g, after, dim=-1, eps=1e-30).masked_fill(last, 0)
         b = self.lam * right + (1 - self.lam) * (1 - left)
-        return {"segments": segments, "b": b, "z": ops.standardise(b, self.eps)}
+        return {"b": b, "z": ops.standardise(b, self.eps)}
 
     def _segment_budgets(self, tokens: VideoTokens, stage: int, total: int) -> tuple[list[int], list[int]]:
         """(tokens, tokens to keep) of every segment."""

@@ -1,10 +1,8 @@
 """InfoMerge: information-aware token compression; static regions by temporal fingerprints, budgets by content.
 
-FastVID's pipeline with three additions: positions that do not change within a segment are not picked again and again
-(TFD); segments that are unlike the rest or rich in themselves get more tokens (CABA); a picked static token carries the
-mean of its position over the segment. A reconstruction: docs/decisions.md, D14, says from what.
-
-Twelve times FastVID's time on a CPU, nearly all of it for the spectral entropy of every segment, an eigenvalue problem.
+FastVID's pipeline and three additions: positions that do not change within a segment are not picked again and again
+(TFD); segments unlike the rest or rich in themselves get more tokens (CABA), by a spectral entropy for which it takes
+twelve times FastVID's time on a CPU; a static token carries its position's mean. A reconstruction (D14).
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Segments = list[tuple[int, int]]
 
-GROUP_FRAMES = 32
-"""Segments that begin within so many frames are worked on together, in fp32 copies."""
+GROUP_FRAMES = 32  # segments that begin within so many are worked on together, in fp32 copies
 
 
 @dataclass(kw_only=True)
