@@ -432,8 +432,8 @@ def _row(
     held = [value <= bar for value, bar in bars if value is not None and bar is not None]
     return {
         "step": f"{step.name:<44}",
-        "ms": _rounded(ms, 1),
-        "naive_ms": _rounded(naive_ms, 1),
+        "ms": _rounded(ms, 3),
+        "naive_ms": _rounded(naive_ms, 3),
         "ratio": _rounded(ratio, 3),
         "bar": step.time_bar,
         "mb": _rounded(mb, 0),
