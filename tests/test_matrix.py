@@ -248,9 +248,9 @@ def ready(label: str, attn: str) -> tuple[Any, dict[str, Tensor], Tensor]:
 
 @functools.cache
 @torch.no_grad()
-def recomputed(label: str, name: str) -> Tensor:
-    """[V] the oracle's logits for the first token of the answer, whatever computes the attention."""
-    model, inputs, _ = built(label, "sdpa")
+def recomputed(label: str, name: str, attn: str = "sdpa") -> Tensor:
+    """[V] the oracle's logits for the first token of the answer."""
+    model, inputs, _ = built(label, attn)
     pipeline = chosen(name).on(model_type(label))
     prompt = oracle.shorten(model, inputs, pipeline, read=BACKBONES[label].read)
     return model.lm_head(oracle.hidden_states(model, prompt)[-1])
@@ -318,7 +318,10 @@ def test_a_method_on_a_backbone(label, name, attn):
     assert [layer.keys.shape[2] for layer in cache.layers] == stored and cache.get_seq_length() == total + 2
     assert measured_kv_bytes(cache) == kv_cache_bytes(Dimensions.of(model.config), stored, dtype_bytes=4)
     assert all(logits.isfinite().all() for logits in got.logits)
-    torch.testing.assert_close(got.logits[0][0], recomputed(label, name), **oracle.TOLERANCE)
+    logits = got.logits[0][0]
+    if attn == "sdpa" or not torch.allclose(logits, recomputed(label, name), **oracle.TOLERANCE):
+        # What the other attention rounds otherwise may decide a near-tie: then the oracle has to see the same.
+        torch.testing.assert_close(logits, recomputed(label, name, attn), **oracle.TOLERANCE)
     with compress(model, keeping_all(pipeline)) as handle, torch.no_grad():
         assert torch.equal(model(**inputs).logits, plain)
     assert handle.trace.last.layer_lengths == [total] * depth
