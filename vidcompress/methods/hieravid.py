@@ -1,7 +1,7 @@
 """HieraVid: hierarchical pruning. Runs are merged before the LLM, then relevance decides, then relevance and diversity.
 
 Four equal stages of decoder layers keep fewer and fewer tokens. What docs/decisions.md, D17 to D20, settles is not in
-the paper. A little over twice FastVID's time: likenesses to the token before, in fp64, and greedy MAP.
+the paper. About twice FastVID's time: likenesses to the token before, in fp64, and greedy MAP.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Inner half of the Unified spatiotemporal compression: at decoder layer K, merge tokens the text does not ask for.
 
-On its own, on a whole video, it takes about six times FastVID's time: half of the tokens are compared with the other
+On its own, on a whole video, it takes five to six times FastVID's time: half of the tokens are compared with the other
 half, and all of them with every word, in fp64 where it matters. Behind an outer half that is next to nothing.
 """
 
