@@ -387,6 +387,21 @@ def test_an_assistant_reads_prompts_whole(twin: str) -> None:
         model(**embedded)
 
 
+def test_images_beside_the_video(twin: str) -> None:
+    """Older transformers, and any plain forward, hand their pixels on; where they are gone that is said."""
+    inputs = llava_inputs([[5, 6, "I", 7, "V", 40, 41]])
+    (_, alone, by_itself), (_, helped, by_twin) = pair(method()), pair(method(assistant=twin))
+    with torch.no_grad():
+        assert torch.equal(alone(**inputs).logits, helped(**inputs).logits)
+    assert kept(by_twin) == kept(by_itself)
+    try:
+        got = generate(helped, inputs, 3)
+    except ValueError as error:
+        assert "it needs pixel_values; give a whole prompt" in str(error)
+    else:
+        assert torch.equal(step_logits(got), step_logits(generate(alone, inputs, 3)))
+
+
 def test_an_assistant_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     qwen("qwen2_vl").save_pretrained(tmp_path)
     model = llava()

@@ -19,8 +19,10 @@ from vidcompress.method import Method, Pipeline
 from vidcompress.trace import Trace
 
 OWN = ("self", "inputs_embeds", "past_key_values", "position_ids", "mm_encoder_outputs", "use_cache", "cache_position")
-"""Arguments of a forward that are the model's own, and no part of the prompt; and all that begin with these:"""
+"""Arguments of a forward that are the model's own, and no part of the prompt."""
+
 OUTPUTS = ("output_", "return_")
+"""So are all that begin with these."""
 
 
 @dataclass(kw_only=True)
@@ -99,7 +101,8 @@ class Assistant:
             pending: the forward that holds them, as the model that answers was called.
             past: tokens that its cache holds.
 
-        Raises ValueError if the prompt does not come whole: as ids, with the pixels of its videos.
+        Raises ValueError if the prompt does not come whole: as ids, with the pixels of its videos and images. (Where
+        generate() has images encoded beforehand, their pixels are gone by now.)
         """
         assert pending.encoding is not None
         started = time.perf_counter()
@@ -108,7 +111,9 @@ class Assistant:
             pixels = {"pixel_values": "pixel_values_videos"}  # as older transformers call them there
             given |= {pixels.get(name, name): value for name, value in pending.encoding.given.items()}
         given = {k: v for k, v in given.items() if v is not None and k not in OWN and not k.startswith(OUTPUTS)}
-        missing = [name for name in ("input_ids", "pixel_values_videos") if name not in given]
+        images = pending.images is not None and bool(pending.images.any())
+        needed = ("input_ids", "pixel_values_videos", *(("pixel_values",) if images else ()))
+        missing = [name for name in needed if name not in given]
         if missing or past:
             raise ValueError(
                 f"assistant {self.name!r} reads the prompt from its first token on and with its own eyes: "

@@ -85,9 +85,8 @@ def note(plan: Plan, looks: Mapping[int, Tensor], layers: Sequence[int], started
         if look.shape[1] != h * w:
             look = look.mean(1, keepdim=True).expand(t, h * w)
         video.video = replace(video.video, signals={**video.video.signals, "first_look": look})
-        device = look.device
     if plan.prompt is not None:
-        synchronise(device)
+        synchronise(plan.followed[0].places.device)
         plan.prompt.looked_at, plan.prompt.look_seconds = [*layers], time.perf_counter() - started
         plan.prompt.seconds += plan.prompt.look_seconds
 

@@ -1,7 +1,7 @@
 """Temporal fingerprints by Triton: one program a position, all frames of a segment in registers, for up to 32 frames.
 
 The first pass over the channels takes the norms and how far each frame is from the one before, the second forms the
-products of the steps between unit tokens with all unit tokens, as torch.py does and for its reason: cosines near 1
+products of the steps between unit tokens with all unit tokens, for the reason that torch.py has: cosines near 1
 cancel. Steps are fp32, also of half-precision tokens, so their products are full fp32 ("ieee"): a position that hardly
 changes is told from one that changes less by 1e-7. Longer segments would not fit into registers; torch.py has those.
 """
