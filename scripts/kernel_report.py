@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vidcompress.ops.launch import OPTIONS
+from vidcompress.ops.launch import OPTIONS, launch
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -132,12 +132,37 @@ def select_in_turn(module: Any, positions: int) -> None:
     module.select_in_turn(scores, scores, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
 
 
+def frames_with_peaks(module: Any, dtype: torch.dtype) -> None:
+    x = torch.empty(8, 196, 3584, dtype=dtype)
+    module.density_peaks(x, torch.ones(x.shape[:2], dtype=torch.bool), 4)
+
+
+def anchor_merge(module: Any, dtype: torch.dtype, count: int) -> None:
+    frames, unit = torch.empty(2, 196, 3584, dtype=dtype), torch.empty(2, count, 3584)
+    members = torch.ones(2, 196, dtype=torch.bool)
+    table, many = torch.zeros(4, 4, dtype=torch.long), torch.zeros(2 * count, dtype=torch.int32)
+    module.choose(frames, unit, members, members, table, many)
+
+
+def merge(module: Any, dtype: torch.dtype) -> None:
+    slot = torch.arange(32)
+    module.merge(torch.empty(64, 3584, dtype=dtype), slot, slot, slot, torch.ones(32))
+
+
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
     ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
     ("density_peaks", "bf16 shifted, k = 7", lambda m: density_peaks(m, torch.bfloat16, True, 15)),
     ("density_peaks", "fp32, k = 7", lambda m: density_peaks(m, torch.float32, True, 15)),
     ("density_peaks", "bf16", pairs),
+    ("density_peaks", "frames in bf16", lambda m: frames_with_peaks(m, torch.bfloat16)),
+    ("density_peaks", "frames in fp32", lambda m: frames_with_peaks(m, torch.float32)),
+    ("anchor_merge", "bf16, 24 anchors", lambda m: anchor_merge(m, torch.bfloat16, 24)),
+    ("anchor_merge", "fp32, 90 anchors", lambda m: anchor_merge(m, torch.float32, 90)),
+    ("merge", "bf16", lambda m: merge(m, torch.bfloat16)),
+    ("merge", "fp32", lambda m: merge(m, torch.float32)),
+    ("top_tokens", "196 positions", lambda m: m.top_tokens(torch.empty(32, 196), torch.zeros(32, dtype=torch.long))),
+    ("top_tokens", "4096 positions", lambda m: m.top_tokens(torch.empty(1, 4096), 9)),
     ("column_mean_attention", "bf16, d = 72", lambda m: column_mean_attention(m, torch.bfloat16, 72)),
     ("column_mean_attention", "bf16, d = 128", lambda m: column_mean_attention(m, torch.bfloat16, 128)),
     ("column_mean_attention", "fp32, d = 72", lambda m: column_mean_attention(m, torch.float32, 72)),
@@ -156,17 +181,20 @@ def reports() -> list[Report]:
     """Of every kernel, by calling what launches it and compiling instead."""
     out = []
     for op, what, call in CASES:
-        module = importlib.import_module(f"vidcompress.ops.{op}.kernel")
-        launch = module.launch
+        name = f"vidcompress.ops.{op}.kernel"
+        module = importlib.import_module(name)
+        launching: list[Any] = [m for other, m in sys.modules.items() if other.startswith(name)]
 
         def record(kernel: Any, grid: Any, *arguments: Any, case: str = f"{op}, {what}", **constants: Any) -> None:
             out.append(compiled(case, kernel, arguments, constants))
 
-        module.launch = record
+        for launcher in launching:
+            launcher.launch = record
         try:
             call(module)
         finally:
-            module.launch = launch
+            for launcher in launching:
+                launcher.launch = launch
     return out
 
 

@@ -46,6 +46,16 @@ def given(op: str) -> tuple[Any, ...]:
     return (*arguments[:3], (4, 9, 6)) if op == "dpp_map" else arguments
 
 
+def parts(result: Any) -> tuple[Tensor, ...]:
+    """What an op returns, triplets in the order of survivors and sources, which no implementation promises."""
+    if not isinstance(result, tuple):
+        return (result.cpu(),)
+    if result[-1].is_floating_point():
+        order = (result[0] * (1 + result[1].max()) + result[1]).argsort(stable=True)
+        result = tuple(x[order] for x in result)
+    return tuple(x.cpu() for x in result)
+
+
 def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
@@ -55,12 +65,6 @@ def there(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run even where something else is faster."""
-    monkeypatch.setattr(fast_peaks, "TILED_ABOVE", 0)
-
-
 # -- which implementation runs -----------------------------------------------------------------------------------------
 def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
@@ -68,10 +72,10 @@ def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in KERNELS:
         assert dispatch.implementation(op, cpu) is implementation(op, "torch")
         assert dispatch.implementation(op, cuda) is implementation(op)
-    assert dispatch.implementation("merge", cuda) is implementation("merge", "torch")
+    assert dispatch.implementation("nearest", cuda) is implementation("nearest", "torch")
     monkeypatch.setenv("VIDCOMPRESS_OPS", "kernel")
     assert dispatch.implementation(KERNELS[0], cpu) is implementation(KERNELS[0])
-    assert dispatch.implementation("merge", cpu) is implementation("merge", "torch")
+    assert dispatch.implementation("nearest", cpu) is implementation("nearest", "torch")
     monkeypatch.setenv("VIDCOMPRESS_OPS", "torch")
     assert dispatch.implementation(KERNELS[0], cuda) is implementation(KERNELS[0], "torch")
 
@@ -93,8 +97,8 @@ def test_as_defined_twice_and_from_memory_that_holds_nan(op: str) -> None:
         once, again = run(*arguments), run(*arguments)
     assert equal(once, again) and all(map(same, arguments, there(given(op))))
     want = implementation(op, "naive")(*given(op))
-    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (once, want)), strict=True):
-        torch.testing.assert_close(a.cpu(), b, atol=2e-6, rtol=2e-6)
+    for a, b in zip(parts(once), parts(want), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
 
 
 @every_kernel
@@ -111,16 +115,22 @@ def test_memory_layout_does_not_matter(op: str) -> None:
     want = run(*arguments)
     for change in (strided, apart):
         got = run(*moved(arguments, change))
-        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+        for a, b in zip(parts(got), parts(want), strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 # -- density_peaks -----------------------------------------------------------------------------------------------------
-def assert_same_peaks(x: Tensor, neighbours: int, ties: Any = "index") -> None:
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for many tokens run for few."""
+    monkeypatch.setattr(fast_peaks, "TILED_ABOVE", 0)
+
+
+def assert_same_peaks(x: Tensor, neighbours: int, ties: Any = "index", tolerance: float = 2e-6) -> None:
     tokens, candidates = peaks.one(x)
     got = implementation("density_peaks")(tokens.to(DEVICE), candidates.to(DEVICE), neighbours, ties)[0].cpu()
     want = implementation("density_peaks", "naive")(tokens, candidates, neighbours, ties)[0]
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
     true = peaks.true_scores(x, neighbours, ties).clamp_min(torch.finfo(torch.float32).min)
     for m in (1, len(x) // 10, len(x) // 3):
         mine, right, best = (ops.top_tokens(s[None], m)[0] for s in (got, want, true))
@@ -134,12 +144,40 @@ def assert_same_peaks(x: Tensor, neighbours: int, ties: Any = "index") -> None:
         "still, float16", "still, float64", "whole numbers", "views",
     ],
 )  # fmt: skip
-def test_peaks_are_those_of_the_definition(case: str) -> None:
+def test_peaks_are_those_of_the_definition(case: str, many: None) -> None:
     assert_same_peaks(peaks.TOKENS[case]()[:141], 7)
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["random", "clustered", "copies", "many copies", "all equal", "still 0.001", "still + 100", "still, bfloat16",
+     "still, float16", "views"],
+)  # fmt: skip
+def test_peaks_of_frames_are_those_of_the_definition(case: str) -> None:
+    # As in torch.py what is not close is fp32.
+    assert_same_peaks(peaks.TOKENS[case]()[:141], 7, tolerance=2e-5)
+
+
+def test_peaks_of_frames_in_chunks_with_noise_and_few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidcompress.ops.density_peaks import kernel_frames
+
+    monkeypatch.setattr(kernel_frames, "CHUNK_FRAMES", 2)
+    x = torch.stack([randn(40, 24), peaks.with_copies(randn(40, 24, seed=3)), randn(40, 24, seed=4)])
+    candidates, noise = rand(3, 40, seed=1) < 0.8, 1e-4 * rand(3, 40, seed=5)
+    candidates[1, 3:], candidates[2] = False, False
+    for ties in ("index", "strict"):
+        arguments = (x, candidates, 7, ties, noise)
+        with poisoned_memory():
+            got = implementation("density_peaks")(*there(arguments)).cpu()
+        torch.testing.assert_close(got, implementation("density_peaks", "naive")(*arguments), atol=2e-6, rtol=2e-6)
+    empty = implementation("density_peaks")(*there((x[:0], candidates[:0], 7)))
+    assert empty.shape == (0, 40) and empty.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 5)])
-def test_peaks_of_half_precision_tokens_near_the_origin_and_far_from_it(offset: float, dtype: torch.dtype) -> None:
+def test_peaks_of_half_precision_tokens_near_the_origin_and_far_from_it(
+    offset: float, dtype: torch.dtype, many: None
+) -> None:
     from vidcompress.ops.density_peaks.kernel import Points
 
     x = (randn(150, 70) + offset).to(dtype)
@@ -147,13 +185,13 @@ def test_peaks_of_half_precision_tokens_near_the_origin_and_far_from_it(offset: 
     assert_same_peaks(x, 4, "strict")
 
 
-def test_peaks_with_many_neighbours_or_more_than_tokens() -> None:
+def test_peaks_with_many_neighbours_or_more_than_tokens(many: None) -> None:
     x = randn(50, 20)
     for neighbours in (1, 20, 30, 60):
         assert_same_peaks(x, neighbours)
 
 
-def test_peaks_of_candidates_with_noise() -> None:
+def test_peaks_of_candidates_with_noise(many: None) -> None:
     x = torch.stack([randn(90, 32), peaks.with_copies(randn(90, 32, seed=3))])
     candidates, noise = rand(2, 90, seed=1) < 0.8, 1e-6 * rand(2, 90, seed=5)
     candidates[1, 5:] = False
@@ -380,6 +418,34 @@ def test_fingerprints_at_size() -> None:
 
 
 @gpu
+def test_peaks_of_frames_at_size() -> None:
+    x = drawn(32, 196, 3584)
+    x[8:, :50] = x[:1, :50] + 0.01 * x[8:, :50]
+    every = torch.ones(32, 196, dtype=torch.bool, device=DEVICE)
+    got, want = (implementation("density_peaks", k)(x, every, 4).cpu() for k in ("kernel", "torch"))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    for mine, right in zip(ops.top_tokens(got, 30), ops.top_tokens(want, 30), strict=True):
+        assert (mine != right).sum() <= 2  # near-ties of fp32
+
+
+@gpu
+def test_merging_at_size() -> None:
+    x, draw = drawn(32, 196, 3584), torch.Generator(DEVICE).manual_seed(1)
+    score = torch.rand(32, 196, device=DEVICE, generator=draw)
+    salient, anchors = ops.top_tokens(score, 12), torch.zeros(32, 196, dtype=torch.bool, device=DEVICE)
+    anchors[3::4] = ops.top_tokens(-score[3::4], 30)
+    counts, reach = [30 * (f % 4 == 3) for f in range(32)], [(f // 8 * 8, f // 8 * 8 + 8) for f in range(32)]
+    arguments = (x, ~salient, anchors, counts, reach, 0.6)
+    got, want = (parts(implementation("anchor_merge", k)(*arguments)) for k in ("kernel", "torch"))
+    assert (got[0] != want[0]).float().mean() < 1e-3  # of which hardly any are as near to two anchors
+    keep = torch.cat([salient.flatten().nonzero(), anchors.flatten().nonzero()]).squeeze(1).unique()
+    slot = torch.searchsorted(keep, want[0].to(DEVICE))
+    merged = (keep, slot, want[1].to(DEVICE), want[2].to(DEVICE))
+    a, b = (implementation("merge", k)(x.flatten(0, 1), *merged) for k in ("kernel", "torch"))
+    torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+
+
+@gpu
 def test_selections_at_size() -> None:
     scores, segments = drawn(512, 729, dtype=torch.float64), [(0, 128), (128, 136), (136, 512)]
     static, counts = torch.rand(3, 729, device=DEVICE) < 0.1, torch.arange(512) % 700
@@ -404,7 +470,7 @@ def test_beyond_two_to_the_31_elements() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("op", ["column_mean_attention", "cosine_fingerprint", "dpp_map"])
+@pytest.mark.parametrize("op", ["column_mean_attention", "cosine_fingerprint", "density_peaks", "dpp_map", "merge"])
 def test_the_host_does_not_wait(op: str) -> None:
     arguments = there(given(op))
     implementation(op)(*arguments)

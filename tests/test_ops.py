@@ -148,6 +148,7 @@ def examples() -> dict[str, tuple[Any, ...]]:
             torch.tensor([16, 5, 15]),
             torch.arange(2, 15),
         ),
+        "top_tokens": (rand(6, 15).round(decimals=1), torch.tensor([3, 0, 15, 4, 7, 5])),
         "window_change": (tokens,),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,7 +181,8 @@ class Reduction:
         """From parts of (survivor, source, weight) triplets whose survivors are named by their source index."""
         if not parts or not sum(p[0].numel() for p in parts):
             return cls(keep, num_source, notes=notes or {})
-        survivor, source, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+        survivor, source, weight = columns
         return cls(keep, num_source, torch.searchsorted(keep, survivor), source, weight, notes or {})
 
     def __len__(self) -> int:
@@ -197,13 +199,16 @@ class Reduction:
         indices = [self.keep] if self.slot is None else [self.keep, self.slot, self.source]
         lawful = 0 < k <= n and all(i is not None and i.dim() == 1 and i.dtype == torch.long for i in indices)
         if lawful:
-            facts = [(self.keep.diff() > 0).all(), self.keep[0] >= 0, self.keep[-1] < n]
+            facts = [self.keep[0], self.keep[-1], self.keep.diff().amin() if k > 1 else self.keep.new_ones(())]
             if self.slot is not None and self.slot.numel():
                 assert self.source is not None and self.weight is not None
-                facts += [(self.slot >= 0).all(), (self.slot < k).all()]
-                facts += [(self.source >= 0).all(), (self.source < n).all(), self.weight.isfinite().all()]
                 lawful = self.slot.shape == self.source.shape == self.weight.shape
-            lawful = lawful and bool(torch.stack(facts).all())  # one wait for the device, not eight
+                facts += [*self.slot.aminmax(), *self.source.aminmax(), self.weight.sum(dtype=torch.float64)]
+            first, last, step, *mixed = torch.stack(facts).tolist()  # one wait for the device, not eight
+            lawful = lawful and first >= 0 and last < n and step > 0
+            if mixed:
+                lowest, highest, least, most, total = mixed
+                lawful = lawful and 0 <= lowest <= highest < k and 0 <= least <= most < n and math.isfinite(total)
         if not lawful:
             raise RuntimeError(f"unlawful reduction: {k} survivors of {n} tokens must be ascending indices below {n}")
         return self

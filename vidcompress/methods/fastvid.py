@@ -74,19 +74,19 @@ class FastVID(Method):
         # 3. The most attended tokens of every frame stay unchanged (ATS).
         attention = tokens.signal("saliency.head").view(t, p)
         salient = top_tokens(attention, torch.tensor(salient_count))  # [T, P]
+        others = ~salient
         # 4. Density peaks of the anchor frames (DTM).
-        counts = torch.tensor(anchor_count, device=x.device)
-        frames = counts.nonzero().squeeze(1)
-        score = density_peaks(x[frames], ~salient[frames], self.neighbours, self.density_ties)
-        anchor = torch.zeros_like(salient)
-        anchor[frames] = top_tokens(score, counts[frames])
+        own = [f for f, count in enumerate(anchor_count) if count]
+        frames, counts = torch.tensor(own, dtype=torch.long, device=x.device), [anchor_count[f] for f in own]
+        score = density_peaks(x[frames], others[frames], self.neighbours, self.density_ties)
+        anchor = torch.zeros_like(salient).index_copy_(0, frames, top_tokens(score, torch.tensor(counts)))
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.
         theirs = self.official and self.variant != "onevision"
         reach = self._reach(p, segments, anchor_count)
-        merged = anchor_merge(x, ~salient, anchor, anchor_count, reach, self.beta, anchors_join=not theirs)
-        index = torch.arange(t * p, device=x.device).view(t, p)
+        merged = anchor_merge(x, others, anchor, anchor_count, reach, self.beta, anchors_join=not theirs)
+        kept = (salient | anchor).flatten().nonzero().squeeze(1)
         notes = {"segments": segments, "salient": salient_count, "anchors": anchor_count}
-        return Reduction.merging(index[salient | anchor], t * p, [merged], notes)
+        return Reduction.merging(kept, t * p, [merged], notes)
 
     def _budgets(self, p: int, segments: list[tuple[int, int]], seen: Tensor) -> tuple[list[int], list[int]]:
         """Salient tokens and anchors of every frame."""

@@ -24,19 +24,12 @@ def anchor_merge(
     anchors_join: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (_, p, channels), device = frames.shape, frames.device
-    # A row for every frame of anchors, those of one reach side by side; padded to the most anchors of any.
-    rows = sorted((f for f, count in enumerate(counts) if count), key=lambda f: (reach[f], f))
+    rows = rows_of(counts, reach)
     if not rows:
-        none = torch.empty(0, dtype=torch.long, device=device)
-        return none, none, torch.empty(0, dtype=torch.float32, device=device)
-    widest = max(counts)
-    frame = torch.tensor(rows, device=device)
+        return nothing(device)
+    widest, joined, source = max(counts), [], []
+    frame, centre, unit = peaks(frames, anchors, rows, widest)
     real = torch.arange(widest, device=device) < torch.tensor([counts[f] for f in rows], device=device)[:, None]
-    place = (~anchors[frame]).int().argsort(dim=1, stable=True)[:, :widest]  # [R, A]
-    centre = frame[:, None] * p + place
-    unit = normalize(frames[frame[:, None], place].float(), dim=-1, eps=1e-30)  # [R, A, C]
-
-    joined, source = [], []
     for pieces in _batches(rows, reach, p * widest, p * channels):
         token, row = _pairs(pieces, p, device)
         score, done = unit.new_full((len(token), widest), -torch.inf), 0
@@ -54,19 +47,52 @@ def anchor_merge(
         mine = joins.nonzero().squeeze(1)
         joined.append((row * widest + choice)[mine])
         source.append(token[mine])
-
     slot = torch.cat(joined)
     count = torch.zeros(real.numel(), dtype=torch.long, device=device).scatter_add_(0, slot, torch.ones_like(slot))
-    own = (1 / (count + 1).float()).clamp_min(anchor_weight).where(count > 0, 1.0)
+    return triplets(rows, counts, centre, slot, torch.cat(source), count, anchor_weight)
+
+
+def rows_of(counts: Sequence[int], reach: Sequence[tuple[int, int]]) -> list[int]:
+    """[R] the frames that have anchors, a row each in what follows, those of one reach side by side."""
+    return sorted((f for f, count in enumerate(counts) if count), key=lambda f: (reach[f], f))
+
+
+def nothing(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """No triplets."""
+    none = torch.empty(0, dtype=torch.long, device=device)
+    return none, none, torch.empty(0, dtype=torch.float32, device=device)
+
+
+def peaks(frames: Tensor, anchors: Tensor, rows: list[int], widest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row its frame [R], the flat indices of its anchors [R, A], padded to the most of any, and these tokens,
+    normalised, in fp32 [R, A, C]."""
+    frame = torch.tensor(rows, device=frames.device)
+    place = anchors[frame].int().argsort(dim=1, descending=True, stable=True)[:, :widest]
+    unit = normalize(frames[frame[:, None], place].float(), dim=-1, eps=1e-30)
+    return frame, frame[:, None] * frames.shape[1] + place, unit
+
+
+def triplets(
+    rows: list[int],
+    counts: Sequence[int],
+    centre: Tensor,
+    slot: Tensor,
+    source: Tensor,
+    count: Tensor,
+    anchor_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `anchor_merge` returns, of tokens `source` [E] that join the anchor `slot` [E] of `centre` [R, A].
+
+    Args:
+        count: [R * A] how many join each.
+    """
+    widest, anchor = centre.shape[1], centre.flatten()
+    own = (1 / (count + 1).float()).clamp_min(anchor_weight)  # 1 where nobody joins
     share = (1 - own) / count.clamp_min(1)
     # The places that are no padding are known without asking the device.
-    kept = torch.tensor([r * widest + a for r, f in enumerate(rows) for a in range(counts[f])], device=device)
-    anchor = centre.flatten()
-    return (
-        torch.cat([anchor[kept], anchor[slot]]),
-        torch.cat([anchor[kept], *source]),
-        torch.cat([own[kept], share[slot]]),
-    )
+    kept = torch.tensor([r * widest + a for r, f in enumerate(rows) for a in range(counts[f])], device=centre.device)
+    survivor = anchor[torch.cat([kept, slot])]
+    return survivor, torch.cat([survivor[: len(kept)], source]), torch.cat([own[kept], share[slot]])
 
 
 def _batches(

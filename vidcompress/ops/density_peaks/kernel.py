@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vidcompress.ops.density_peaks import tiled
 from vidcompress.ops.density_peaks import torch as fast
+from vidcompress.ops.density_peaks.kernel_frames import frame_scores
 from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
 
 MOST_KEPT = 32
@@ -44,7 +45,7 @@ def density_peaks(
     noise: Tensor | None = None,
 ) -> Tensor:
     if tokens.shape[1] <= fast.TILED_ABOVE or not len(tokens):
-        return fast.density_peaks(tokens, candidates, neighbours, ties, noise)
+        return frame_scores(tokens, candidates, neighbours, ties, noise)
     extra = [None] * len(tokens) if noise is None else noise
     rows = zip(rows_contiguous(tokens), candidates, extra, strict=True)
     return torch.stack([tiled.tiled_scores(x, own, neighbours, ties, e, Points) for x, own, e in rows])

@@ -17,7 +17,7 @@ def segment_frames(frame_features: Tensor, min_segments: int, threshold: float) 
     Returns:
         [(start, end), ...] in order, end exclusive, covering all frames.
     """
-    f = frame_features.double()
+    f = frame_features.cpu().double()  # a few vectors; the host has to know the cuts before anything else can begin
     t = f.shape[0]
     unit = f / f.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(f.dtype).tiny)
     # Frozen frames are exactly 1 alike, so that rounding does not rank them.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vidcompress.ops.top_tokens.naive import top_tokens
+from vidcompress.ops.top_tokens.torch import top_tokens
 
 
 def select_in_turn(

@@ -1,5 +1,22 @@
 """Picking the highest scores of each row."""
 
-from vidcompress.ops.top_tokens.naive import top_tokens
+from __future__ import annotations
+
+from torch import Tensor
+
+from vidcompress.ops.dispatch import implementation
 
 __all__ = ["top_tokens"]
+
+
+def top_tokens(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """Marks the highest scores of every row, the lowest index first among equals.
+
+    Args:
+        scores: [B, n].
+        counts: [B] how many each row keeps, or one number for all.
+
+    Returns:
+        [B, n] bool.
+    """
+    return implementation("top_tokens", scores.device)(scores, counts)

@@ -1,0 +1,45 @@
+"""Picking the highest scores by Triton: one program a row counts how many scores come before each, and sorts nothing."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidcompress.ops.launch import launch, rows_contiguous
+from vidcompress.ops.top_tokens import torch as fast
+
+LONGEST = 4096
+"""Scores a row beyond which sorting is faster than comparing all with all."""
+
+
+def top_tokens(scores: Tensor, counts: Tensor | int) -> Tensor:
+    rows, n = scores.shape
+    if n > LONGEST or not rows:
+        return fast.top_tokens(scores, counts)
+    scores, block = rows_contiguous(scores), max(32, triton.next_power_of_2(n))
+    out = torch.empty(rows, n, dtype=torch.bool, device=scores.device)
+    limits, limit = (counts.to(scores.device), 0) if isinstance(counts, Tensor) else (scores, counts)
+    launch(
+        _top, (rows,), scores, limits, out.view(torch.uint8), limit, n, scores.stride(0),
+        EACH=isinstance(counts, Tensor), B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _top(scores, limits, out, limit, n, stride, EACH: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    own = tl.load(scores + row * stride + i, mask=i < n, other=0.0)
+    rank = tl.full((B,), 0, tl.int32)
+    for first in range(0, n, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        other = tl.load(scores + row * stride + j, mask=j < n, other=0.0)
+        before = other[None, :] > own[:, None]
+        before = before | ((other[None, :] == own[:, None]) & (j[None, :] < i[:, None]))
+        rank += tl.sum((before & (j < n)[None, :]).to(tl.int32), 1)
+    if EACH:
+        limit = tl.load(limits + row)
+    tl.store(out + row * n + i, (rank < limit).to(tl.uint8), mask=i < n)
