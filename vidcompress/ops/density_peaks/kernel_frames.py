@@ -37,8 +37,8 @@ def _score(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str, noise
     x = tokens.float()
     # Distances do not change when the frame's mean is taken off, and the sum then cancels far less.
     x = x - x.mean(1, keepdim=True)
-    square = torch.linalg.vecdot(x, x)  # [B, n]
-    distance = torch.baddbmm(square[:, None, :].expand(-1, n, -1), x, x.transpose(1, 2), alpha=-2)  # lacks its row's
+    distance = torch.bmm(x, x.transpose(1, 2))  # products as yet
+    square = distance.diagonal(dim1=1, dim2=2).contiguous()  # [B, n]
     density, largest = torch.empty_like(square), torch.empty_like(square)
     block = max(16, triton.next_power_of_2(n))
     tile = {"R": min(block, 64) if UPCAST else max(1, min(4, 1024 // block)), "N": block, "num_warps": 4}
@@ -67,7 +67,8 @@ def _densities(
     CLOSE: tl.constexpr, NOISY: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of `distance` [B, n, n] become squared distances over C; their tokens' log densities, and largest ones."""
+    """Rows of `distance` [B, n, n], products at first, become squared distances over C; also their tokens' log densities
+    and largest distances."""
     frame = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * R + tl.arange(0, R)
     own = tl.load(square + frame * n + i, mask=i < n, other=0.0)
@@ -77,7 +78,8 @@ def _densities(
         j = first + tl.arange(0, BN)
         seen = (i < n)[:, None] & (j < n)[None, :]
         other = tl.load(square + frame * n + j, mask=j < n, other=0.0)
-        part = tl.maximum(tl.load(to + j[None, :], mask=seen, other=0.0) + own[:, None], 0.0)
+        product = tl.load(to + j[None, :], mask=seen, other=0.0)
+        part = tl.maximum(own[:, None] + other[None, :] - 2 * product, 0.0)
         same = i[:, None] == j[None, :]
         close = seen & (part < CLOSE * tl.maximum(own[:, None], other[None, :])) & (same == 0)
         if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:

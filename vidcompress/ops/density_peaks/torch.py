@@ -82,7 +82,7 @@ def _expanded(x: Tensor) -> tuple[Tensor, Tensor]:
     """[B, n, n] |x|^2 + |y|^2 - 2xy, and the larger of |x|^2 and |y|^2."""
     # Distances do not change when the frame's mean is taken off, and the sum then cancels far less.
     x = x - x.mean(1, keepdim=True)
-    square = torch.linalg.vecdot(x, x)  # [B, n]
-    distance = torch.baddbmm(square[:, None, :].expand(-1, x.shape[1], -1), x, x.transpose(1, 2), alpha=-2)
-    distance += square[:, :, None]
+    distance = torch.bmm(x, x.transpose(1, 2))
+    square = distance.diagonal(dim1=1, dim2=2).clone()  # [B, n]
+    distance.mul_(-2).add_(square[:, None, :]).add_(square[:, :, None])
     return distance, torch.maximum(square[:, :, None], square[:, None, :])
