@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -116,6 +118,21 @@ def test_train_tiny(backbone, tmp_path, monkeypatch):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
     (sheet,) = asking.prepare(model, AutoProcessor.from_pretrained(tmp_path), load_suite("tinyqa", 1))
     assert asking.ask(model, sheet).before == (864 if backbone == "llava_onevision" else 432)
+
+
+def test_launches_do_not_grow_with_the_video():
+    pytest.importorskip("triton")
+    counts = []
+    for grid in ("9x6x6", "18x6x6"):
+        command = [sys.executable, str(SCRIPTS / "launch_report.py"), "--methods", "fastvid", "--grid", grid]
+        run = subprocess.run(
+            command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(SCRIPTS.parent))
+        )
+        assert run.returncode == 0, run.stderr
+        name, launches, waits, *kernels = run.stdout.splitlines()[1].split()
+        counts.append(int(launches))
+        assert name == "fastvid" and int(waits) <= 3 and "join," in kernels
+    assert counts[0] == counts[1] < 85
 
 
 @pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])

@@ -31,7 +31,7 @@ def anchor_merge(
     if not rows:
         return fast.nothing(device)
     widest, joined, source = max(counts), [], []
-    frame, centre, unit = fast.peaks(frames, anchors, rows, widest)
+    _, centre, unit = fast.peaks(frames, anchors, rows, widest)
     count = torch.zeros(centre.numel(), dtype=torch.int32, device=device)
     # What is compared: the tokens of a frame with a row of so many anchors, of that frame's own or not.
     pairs = [(f, r, counts[g], f == g and not anchors_join) for r, g in enumerate(rows) for f in range(*reach[g])]

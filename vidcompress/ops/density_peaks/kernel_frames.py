@@ -1,4 +1,4 @@
-"""Density peaks of the frames of a video by Triton: one product of matrices, then two kernels, and no wait for the host.
+"""Density peaks of a video's frames by Triton: one product of matrices, then two kernels, and no wait for the host.
 
 A program takes a few tokens of a frame, with their rows of the matrix of distances. The first kernel measures anew, in
 fp64 and from the tokens themselves, what is too near for the expanded square, and estimates densities; the second looks
@@ -67,7 +67,7 @@ def _densities(
     CLOSE: tl.constexpr, NOISY: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of `distance` [B, n, n], products at first, become squared distances over C; also their tokens' log densities
+    """Rows of `distance` [B, n, n], products at first, become squared distances over C; and their tokens' log densities
     and largest distances."""
     frame = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * R + tl.arange(0, R)

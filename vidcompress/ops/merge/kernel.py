@@ -1,6 +1,6 @@
 """Merging by Triton: a program sums the triplets of one slot, in their order, a few tokens at a time.
 
-The slots' triplets lie side by side once they are sorted, so that a slot needs to know only where its own begin: the host
+The triplets of a slot lie side by side once all are sorted, so that it needs to know only where they begin: the host
 waits for nothing. Sums are fp32 and in one order, however often it runs. Where gradients are wanted torch.py has them.
 """
 

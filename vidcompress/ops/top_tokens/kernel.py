@@ -1,4 +1,4 @@
-"""Picking the highest scores by Triton: one program a row counts how many scores come before each, and sorts nothing."""
+"""Picking the highest scores by Triton: one program a row counts how many come before each score, and sorts nothing."""
 
 from __future__ import annotations
 
