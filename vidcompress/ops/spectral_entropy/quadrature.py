@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -29,17 +30,16 @@ def spectral_sum(gram: Tensor) -> Tensor:
     n = len(gram)
     top = 4 * gram.norm().clamp_min(torch.finfo(gram.dtype).tiny)  # the Frobenius norm is no less than any eigenvalue
     # (1 + s) log(1 + s) = s + sum over k of (-1)^k s^k / (k (k - 1)), for s = x / T up to 1/4.
-    scaled = gram / top
-    powers = [scaled]
-    while len(powers) < POWERS:
-        powers.append(powers[-1] @ scaled)
-    series = powers[0].diagonal().sum()
-    for k in range(2, 2 * POWERS + 1):
-        a, b = powers[k // 2 - 1], powers[k - k // 2 - 1]
-        series = series + (-1) ** k / (k * (k - 1)) * (a * b).sum()  # tr(AB) of symmetric A, B
+    powers = gram.new_empty(POWERS, n, n)
+    torch.div(gram, top, out=powers[0])
+    for k in range(1, POWERS):
+        torch.mm(powers[k - 1], powers[0], out=powers[k])
+    flat = powers.flatten(1)
+    traces = flat @ flat.T  # [POWERS, POWERS] tr(AB) of symmetric A, B
+    series = powers[0].diagonal().sum() + (traces * _coefficients().to(gram)).sum()
     first = top.log() * (n * top + gram.diagonal().sum()) + top * series
 
-    at, weight = _nodes(gram)
+    at, weight = _nodes().to(gram)
     shifts, volume = top * at, torch.empty_like(at)
     for part in torch.arange(len(at), device=gram.device).split(max(1, CHUNK_ELEMENTS // n**2)):
         shifted = gram.expand(len(part), n, n).clone()
@@ -49,8 +49,18 @@ def spectral_sum(gram: Tensor) -> Tensor:
     return first - n * top - top * (weight * volume).sum()
 
 
-def _nodes(like: Tensor) -> tuple[Tensor, Tensor]:
-    """([m], [m]) places and weights to integrate from 0 to 1 a function that grows like a logarithm."""
+@functools.cache
+def _coefficients() -> Tensor:
+    """[POWERS, POWERS] fp64: what the trace of a product of two powers counts in the series."""
+    out = torch.zeros(POWERS, POWERS, dtype=torch.float64)
+    for k in range(2, 2 * POWERS + 1):
+        out[k // 2 - 1, k - k // 2 - 1] = (-1) ** k / (k * (k - 1))
+    return out
+
+
+@functools.cache
+def _nodes() -> Tensor:
+    """[2, m] fp64 places and weights to integrate from 0 to 1 a function that grows like a logarithm."""
     # Golub and Welsch: the nodes are the eigenvalues of the Legendre polynomials' recurrence.
     k = torch.arange(1, NODES, dtype=torch.float64)
     beside = k / (4 * k.square() - 1).sqrt()
@@ -60,4 +70,4 @@ def _nodes(like: Tensor) -> tuple[Tensor, Tensor]:
     weight = length * vectors[0].square() * at  # dt = t d(log t)
     # Below: exact for a logarithm.
     end = torch.tensor([LOWEST], dtype=torch.float64)
-    return torch.cat([end / math.e, at]).to(like), torch.cat([end, weight]).to(like)
+    return torch.stack([torch.cat([end / math.e, at]), torch.cat([end, weight])])
