@@ -76,6 +76,7 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
             n + torch.arange(50, device=device),
             torch.arange(n, device=device),
         ),
+        "top_tokens": (rand(t, p), torch.full((t,), max(1, p // 10))),
         "window_change": (x[:segment],),
     }
 
