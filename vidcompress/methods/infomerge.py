@@ -95,15 +95,15 @@ class InfoMerge(Method):
 
     def _segment_weights(self, x: Tensor, segments: Segments) -> Tensor:
         """[K] fp64: length times sigmoid of temperature times score; the score mixes uniqueness and richness."""
-        length = torch.tensor([end - start for start, end in segments], dtype=torch.float64, device=x.device)
         total = torch.stack([x[start:end].sum((0, 1), dtype=torch.float64) for start, end in segments])
-        mean = total / (length * x.shape[1])[:, None]  # [K, C]
+        rich = [ops.spectral_entropy(x[a:b].flatten(0, 1)) for a, b in segments] if self.richness_weight else []
+        length = torch.tensor([end - start for start, end in segments], dtype=torch.float64)
+        mean = total.cpu() / (length * x.shape[1])[:, None]  # [K, C]; the host does the rest, which it has to wait for
         share = length / length.sum() if self.global_mean == "token" else torch.full_like(length, 1 / len(segments))
         unique = 1 - cosine_similarity(mean, share @ mean, dim=-1, eps=1e-30)
         score = self.uniqueness_weight * ops.standardise(unique, self.eps)
-        if self.richness_weight:
-            rich = torch.stack([ops.spectral_entropy(x[start:end].flatten(0, 1)) for start, end in segments])
-            score = score + self.richness_weight * ops.standardise(rich, self.eps)
+        if rich:
+            score = score + self.richness_weight * ops.standardise(torch.stack(rich).cpu(), self.eps)
         return length * torch.sigmoid(self.temperature * score)
 
     def _penalised(self, attention: Tensor) -> Tensor:
