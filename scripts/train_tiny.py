@@ -5,7 +5,8 @@
 First tower and projector learn what every patch shows, then, with these kept, the language model learns to answer. The
 checkpoint is bf16 in transformers' own format, with its processor; `training.json` beside it holds settings, versions,
 learning curves and CPU time. `--drops` is the control: half of its batches lose 50 to 90 % of the video's tokens at
-random. `--eyes` takes a finished first half, so that both runs of a seed may share it.
+random. `--eyes` takes a finished first half, so that both runs of a seed may share it; `--after` a finished checkpoint
+whose language model lacks the last part.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vidcompress.compat import ensure_torchvision
 ensure_torchvision()
 
 import transformers  # noqa: E402  it reads torchvision at import
-from tinytrain.language import train_language  # noqa: E402
+from tinytrain.language import PARTS, train_language  # noqa: E402
 from tinytrain.models import STUDENTS  # noqa: E402
 from tinytrain.vision import train_vision  # noqa: E402
 
@@ -33,34 +34,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=sorted(STUDENTS), default="llava_onevision")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=1300)
-    parser.add_argument("--language-steps", type=int, default=3000)
+    parser.add_argument("--vision-steps", type=int, help="unless given, what the backbone needs")
+    parser.add_argument("--language-steps", type=int, nargs="+", help="of every part, likewise")
     parser.add_argument("--drops", action="store_true", help="the control run: random tokens are left out")
     parser.add_argument("--eyes", type=Path, help="tower and projector of an earlier run: its eyes.pt")
+    parser.add_argument("--after", type=Path, help="folder of an earlier run, which this one goes on with")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if len(args.language_steps or ()) > len(PARTS):
+        parser.error(f"--language-steps has {len(args.language_steps)} numbers; there are {len(PARTS)} parts")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     student = STUDENTS[args.backbone]()
-    start = time.process_time()
-    if args.eyes is None:
-        vision = train_vision(student, args.vision_steps, args.seed)
+    start, before = time.process_time(), 0.0
+    vision: list[dict[str, float]] = []
+    language: list[dict[str, float]] = []
+    parts = list(enumerate(args.language_steps or student.language_steps))
+    if args.after:
+        student.load(args.after)
+        earlier = json.loads((args.after / "training.json").read_text())
+        vision, language, before = earlier["vision"], earlier["language"], earlier["cpu_seconds"]
+        parts = parts[-1:]
+    elif args.eyes is None:
+        vision = train_vision(student, args.vision_steps or student.vision_steps, args.seed)
         torch.save([module.state_dict() for module in student.eyes], args.out / "eyes.pt")
     else:
-        vision = []
         for module, state in zip(student.eyes, torch.load(args.eyes)):
             module.load_state_dict(state)
-    language = train_language(student, args.language_steps, args.seed, args.drops)
+    for part, steps in parts:
+        language += train_language(student, part, steps, args.seed, args.drops)
     student.save(args.out)
     record = {
         "backbone": args.backbone,
         "seed": args.seed,
         "drops": args.drops,
         "parameters": sum(p.numel() for p in student.model.parameters()),
-        "cpu_seconds": time.process_time() - start,
+        "cpu_seconds": before + time.process_time() - start,
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.machine(),

@@ -142,8 +142,16 @@ def test_what_cannot_be_evaluated(model, processor):
 
 
 def test_checkpoints_that_do_not_ship():
-    with pytest.raises(ValueError, match="no tiny 'qwen2_vl' ships; there are: llava_onevision"):
-        checkpoints.path("qwen2_vl")
+    with pytest.raises(ValueError, match="no tiny 'qwen3_vl' ships; there are: llava_onevision, qwen2_vl"):
+        checkpoints.path("qwen3_vl")
+
+
+def test_checkpoints_go_by_name(tmp_path, monkeypatch):
+    assert checkpoints.located("tiny-llava-onevision") == str(PATH)
+    assert checkpoints.located("llava-hf/llava-onevision-qwen2-0.5b-ov-hf").startswith("llava-hf/")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-qwen2-vl").mkdir()
+    assert checkpoints.located("tiny-qwen2-vl") == "tiny-qwen2-vl"
 
 
 def test_a_template_with_the_question_first_is_refused(model, processor):

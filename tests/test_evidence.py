@@ -1,14 +1,18 @@
-"""The guard: a trained tiny model's answers under compression are those that were recorded, and faults would show.
+"""The guard: trained tiny models' answers under compression are those that were recorded, and faults would show.
 
-`tests/golden/tinyqa.json` was written by
+`tests/golden/tinyqa-llava_onevision.json` was written by
 
     vidcompress eval --clips 12 --methods fastvid,infomerge,unified,hieravid,fastv,uniform_frames,random \
-        --retention 1.0,.1 --threads 1 --out tests/golden/tinyqa.json
+        --retention 1.0,.1 --threads 1 --out tests/golden/tinyqa-llava_onevision.json
+
+and that of Qwen2-VL, whose tokens have three rotary positions, by the same with `--model tiny-qwen2-vl` and
+`--methods fastvid,infomerge,fastv,uniform_tokens,random`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,65 +23,81 @@ from vidcompress.eval.results import Results, Run
 from vidcompress.eval.run import evaluate
 from vidcompress.tokens import Reduction
 
-RECORDED = Results.load(Path(__file__).parent / "golden" / "tinyqa.json")
-METHODS = [run.method for run in RECORDED.runs if run.method != "none"]
+RECORDED = {
+    backbone: Results.load(Path(__file__).parent / "golden" / f"tinyqa-{backbone}.json")
+    for backbone in checkpoints.NAMES
+}
+RUNS = [(backbone, run.method) for backbone, results in RECORDED.items() for run in results.runs]
 CLIPS, RATIO = 12, 0.1
 TOLERATED = 2
 """Answers of 96 that another machine's arithmetic may turn."""
 
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForImageTextToText.from_pretrained(checkpoints.path(), dtype="float32").eval()
+every_backbone = pytest.mark.parametrize("backbone", [*RECORDED])
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(checkpoints.path())
+def loaded() -> dict[str, tuple[Any, Any]]:
+    """Of every backbone model and processor."""
+    return {
+        backbone: (
+            AutoModelForImageTextToText.from_pretrained(checkpoints.path(backbone), dtype="float32").eval(),
+            AutoProcessor.from_pretrained(checkpoints.path(backbone)),
+        )
+        for backbone in RECORDED
+    }
 
 
 @pytest.fixture(scope="module")
-def asked(model, processor):
-    """All methods at 10 %, and the uncompressed model."""
-    return run(model, processor, METHODS)
+def asked(loaded) -> dict[str, Results]:
+    """All methods at 10 %, and the uncompressed models."""
+    return {
+        backbone: run(loaded, backbone, [method for other, method in RUNS if other == backbone and method != "none"])
+        for backbone in RECORDED
+    }
 
 
-def run(model, processor, methods: list[str]) -> Results:
+def run(loaded: dict[str, tuple[Any, Any]], backbone: str, methods: list[str]) -> Results:
     settings = {"methods": methods, "retention_ratios": [RATIO], "limit": CLIPS}
-    return list(evaluate(model, processor, name=checkpoints.NAMES["llava_onevision"], **settings))[-1][0]
+    return list(evaluate(*loaded[backbone], name=checkpoints.NAMES[backbone], **settings))[-1][0]
 
 
 def flips(one: Run, other: Run) -> int:
     return sum(a != b for a, b in zip(one.choices, other.choices))
 
 
-def recorded(method: str, ratio: float = RATIO) -> Run:
-    found = RECORDED.find(method, ratio)
-    assert found is not None
-    return found
+def found(results: Results, method: str) -> Run:
+    own = results.find(method, 1.0 if method == "none" else RATIO)
+    assert own is not None
+    return own
 
 
-def test_the_record_is_of_this_model_and_these_questions(asked):
-    RECORDED.continues(asked, Path("tinyqa.json"))
+@every_backbone
+def test_the_record_is_of_this_model_and_these_questions(backbone, asked):
+    RECORDED[backbone].continues(asked[backbone], Path("tinyqa.json"))
 
 
-@pytest.mark.parametrize("method", ["none", *METHODS])
-def test_answers_are_those_recorded(method, asked):
-    own = asked.find(method, 1.0 if method == "none" else RATIO)
-    assert flips(own, recorded(method, own.retention_ratio)) <= TOLERATED
-    assert (own.before, own.kept, own.mean_kept) == pytest.approx(
-        [getattr(recorded(method, own.retention_ratio), name) for name in ("before", "kept", "mean_kept")], abs=0.5
-    )
+@pytest.mark.parametrize(("backbone", "method"), RUNS)
+def test_answers_are_those_recorded(backbone, method, asked):
+    own, recorded = found(asked[backbone], method), found(RECORDED[backbone], method)
+    assert flips(own, recorded) <= TOLERATED
+    kept = (recorded.before, recorded.kept, recorded.mean_kept)
+    assert (own.before, own.kept, own.mean_kept) == pytest.approx(kept, abs=0.5)
 
 
 def test_floors(asked):
     """The uncompressed model is good, methods beat chance, and the best come close."""
-    types = RECORDED.counted()
-    share = {r.method: asked.accuracy(r, types)[0] for r in asked.runs}
+    results = asked["llava_onevision"]
+    types = RECORDED["llava_onevision"].counted()
+    share = {r.method: results.accuracy(r, types)[0] for r in results.runs}
     assert share["none"] >= 0.95
-    for method in set(METHODS) - {"random", "uniform_frames", "hieravid"}:  # which leaves 3 tokens to the last layer
+    for method in share.keys() - {"none", "random", "uniform_frames", "hieravid"}:  # which leaves 3 tokens at last
         assert share[method] >= share["random"] + 0.05, method
-    assert max(share[m] for m in METHODS) >= share["none"] - 0.15
+    assert max(share[m] for m in share.keys() - {"none"}) >= share["none"] - 0.15
+
+
+def test_qwen_is_good_without_compression(asked):
+    results = asked["qwen2_vl"]
+    assert results.accuracy(found(results, "none"), RECORDED["qwen2_vl"].counted())[0] >= 0.95
 
 
 def in_reverse(tokens: torch.Tensor) -> torch.Tensor:
@@ -88,10 +108,11 @@ def a_frame_later(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.roll(36, 0)
 
 
+@every_backbone
 @pytest.mark.parametrize(
     ("before", "after"), [(None, in_reverse), (a_frame_later, None)], ids=["order reversed", "frame off by one"]
 )
-def test_faults_trip_it(before, after, model, processor, monkeypatch):
+def test_faults_trip_it(backbone, before, after, loaded, monkeypatch):
     """Survivors in the wrong order, or taken from the next frame: far more answers turn than are tolerated."""
     apply = Reduction.apply
 
@@ -100,5 +121,5 @@ def test_faults_trip_it(before, after, model, processor, monkeypatch):
         return moved if after is None else after(moved)
 
     monkeypatch.setattr(Reduction, "apply", wrong)
-    own = run(model, processor, ["fastvid"]).find("fastvid", RATIO)
-    assert flips(own, recorded("fastvid")) > 3 * TOLERATED
+    own = run(loaded, backbone, ["fastvid"])
+    assert flips(found(own, "fastvid"), found(RECORDED[backbone], "fastvid")) > 3 * TOLERATED

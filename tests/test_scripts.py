@@ -102,19 +102,25 @@ def test_bench_inside(capsys):
 
 @pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
 def test_train_tiny(backbone, tmp_path, monkeypatch):
-    """Two steps of each part: what is saved is a checkpoint that the evaluation takes."""
+    """A step or two of each part: what is saved is a checkpoint that the evaluation takes, and that may go on."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vidcompress.eval import asking
     from vidcompress.eval.suites import load_suite
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    steps = ["--vision-steps", "2", "--language-steps", "2", "--drops"]
-    monkeypatch.setattr(
-        sys, "argv", ["train_tiny.py", "--backbone", backbone, *steps, "--out", str(tmp_path), "--threads", "1"]
-    )
-    runpy.run_path(str(SCRIPTS / "train_tiny.py"), run_name="__main__")
-    assert json.loads((tmp_path / "training.json").read_text())["backbone"] == backbone
+
+    def train(*options: str) -> dict:
+        command = ["train_tiny.py", "--backbone", backbone, "--threads", "1", "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(SCRIPTS / "train_tiny.py"), run_name="__main__")
+        return json.loads((tmp_path / "training.json").read_text())
+
+    first = train("--vision-steps", "2", "--language-steps", "2", "1", "--drops")
+    second = train("--after", str(tmp_path), "--language-steps", "2", "1", "1")
+    assert first["backbone"] == second["backbone"] == backbone and second["cpu_seconds"] > first["cpu_seconds"]
+    with pytest.raises(SystemExit):
+        train("--language-steps", "1", "1", "1", "1")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
     (sheet,) = asking.prepare(model, AutoProcessor.from_pretrained(tmp_path), load_suite("tinyqa", 1))
     assert asking.ask(model, sheet).before == (864 if backbone == "llava_onevision" else 432)
@@ -155,7 +161,7 @@ def test_packed_questions_are_exact(backbone, tmp_path, monkeypatch):
         alone = torch.stack(asking._ask_apart(model, sheet)[0])
         frames = torch.from_numpy(clips[0].frames[None])
         seen = student.patches(frames)["tokens"].reshape(1, -1, 128).expand(language.BATCH, -1, -1)
-        embeds, positions = language.Lessons(student, 0, drops=False)._prompt(seen, 24, 72, 72)
+        embeds, positions = language.Lessons(student, 0, 0, drops=False)._prompt(seen, 24, 72, 72)
         blocks = [language.block(question) for question in clips[0].questions]
         ids = torch.tensor(blocks).view(1, -1).expand(language.BATCH, -1)
         embeds = torch.cat([embeds, student.decoder.embed_tokens(ids)], 1)

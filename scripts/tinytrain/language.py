@@ -2,14 +2,16 @@
 
 Several questions about one clip share one forward: each sees the video and itself, and its positions start anew after
 the video, which is exactly what it would see alone. Clips grow longer as training goes on (4 frames at first, 24 at
-last), so that what binds colours to shapes is learnt where it is cheap; no token is left out, unless the control run
-(`drops`) asks for it.
+last), so that what binds colours to shapes is learnt where it is cheap; two more parts, each with a learning rate that
+rises and falls again, are for what is learnt late: where things are, how many, how large. No token is left out, unless
+the control run (`drops`) asks for it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +28,30 @@ from vidcompress.eval.tinyqa.words import VOCABULARY, encode
 
 BATCH, PACKED, BLOCK = 8, 8, 16  # clips a step, questions a clip, ids a question
 KEPT = (0.1, 0.5)  # of a clip's tokens, in the control run with drops
-HARD = {"place": 2.0, "direction": 2.0}
-"""Types that are learnt last, and what their loss counts."""
-CURRICULUM = ((0.3, (4, 8)), (0.5, (8, 12)), (1.0, (FRAMES, FRAMES, FRAMES, 12)))
-"""Until which part of training, clips of which lengths."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of training.
+
+    Args:
+        rate: highest learning rate of its cosine.
+        curriculum: until which share of the part, clips of which lengths, each as likely as it is often in here.
+        weights: what the loss of a type counts, where it is not 1.
+        fresh: new clips a step.
+    """
+
+    rate: float
+    curriculum: tuple[tuple[float, tuple[int, ...]], ...]
+    weights: Mapping[str, float]
+    fresh: int = 3
+
+
+PARTS = (
+    Part(4e-3, ((0.3, (4, 8)), (0.5, (8, 12)), (1.0, (FRAMES, FRAMES, FRAMES, 12))), {"place": 2.0, "direction": 2.0}),
+    Part(3e-3, ((1.0, (FRAMES, FRAMES, FRAMES, 12)),), {"place": 2.0, "direction": 2.0}),
+    Part(2e-3, ((1.0, (FRAMES,)),), {"size": 2.0, "digit": 2.0, "count": 2.0, "direction": 0.5}, fresh=5),
+)
 
 
 @dataclass
@@ -63,18 +85,18 @@ def spread(questions: list[Question], count: int, rng: np.random.Generator) -> l
 class Lessons:
     """Draws batches of clips and packs their questions."""
 
-    def __init__(self, student: Student, seed: int, drops: bool, capacity: int = 5000) -> None:
-        self.student, self.drops = student, drops
-        self.rng = np.random.default_rng((seed, 5))
+    def __init__(self, student: Student, part: int, seed: int, drops: bool, capacity: int = 5000) -> None:
+        self.student, self.drops, self.part = student, drops, PARTS[part]
+        self.rng = np.random.default_rng((seed, 5, part) if part else (seed, 5))
         self.shelves: dict[tuple[int, int, int], Shelf] = defaultdict(lambda: Shelf(capacity))
 
-    def batch(self, done: float, fresh: int = 3) -> tuple[Tensor, Tensor, Tensor, list[Question], int]:
+    def batch(self, done: float) -> tuple[Tensor, Tensor, Tensor, list[Question], int]:
         """Embeddings [B, L, D], mask [1, 1, L, L], positions [A, 1, L], the questions, and the clips' frames."""
-        lengths = next(lengths for end, lengths in CURRICULUM if done < end or end == 1.0)
+        lengths = next(lengths for end, lengths in self.part.curriculum if done < end or end == 1.0)
         frames = int(self.rng.choice(lengths))
         height, width = self.student.sizes[int(self.rng.integers(len(self.student.sizes)))]
         shelf = self.shelves[frames, height, width]
-        self._fill(shelf, max(fresh, 2 * BATCH - len(shelf.clips)), frames, height, width)
+        self._fill(shelf, max(self.part.fresh, 2 * BATCH - len(shelf.clips)), frames, height, width)
         picked = [shelf.clips[int(i)] for i in self.rng.integers(len(shelf.clips), size=BATCH)]
         questions = [q for _, known in picked for q in spread(known, PACKED, self.rng)]
         video = torch.stack([tokens for tokens, _ in picked]).float()
@@ -150,23 +172,23 @@ def packed_attention(
     return torch.cat([video, own], 2).transpose(1, 2), None
 
 
-def train_language(student: Student, steps: int, seed: int, drops: bool, rate: float = 4e-3) -> list[dict[str, float]]:
-    """Trains the decoder; returns a log of accuracies by type over the last hundred steps."""
+def train_language(student: Student, part: int, steps: int, seed: int, drops: bool) -> list[dict[str, float]]:
+    """Trains the decoder for one of PARTS; returns a log of accuracies by type over the last hundred steps."""
     AttentionInterface.register("packed", packed_attention)
     student.decoder.set_attn_implementation("packed")
     for module in student.eyes:
         module.requires_grad_(False)
     head = student.model.lm_head
-    made, parameters = optimisers([student.decoder, head], rate)
+    made, parameters = optimisers([student.decoder, head], PARTS[part].rate)
     extra = [p for p in student.extra if p.requires_grad]
     made[1].add_param_group({"params": extra})
-    lessons, log = Lessons(student, seed, drops), []
+    lessons, log = Lessons(student, part, seed, drops), []
     right: dict[str, list[bool]] = defaultdict(list)
     start, end_of_turn = time.process_time(), VOCABULARY["<|im_end|>"]
     for step in range(steps):
         for optimiser in made:
             for group in optimiser.param_groups:
-                group["lr"] = schedule(rate, step, step / steps, warm=100)
+                group["lr"] = schedule(PARTS[part].rate, step, step / steps, warm=100)
         embeds, mask, positions, questions, frames = lessons.batch(step / steps)
         states = student.decode(embeds, mask, positions)
         asked = torch.tensor([len(encode(q.text)) + 2 for q in questions]).view(BATCH, PACKED)
@@ -174,7 +196,7 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
         rows = torch.arange(BATCH)[:, None]
         logits, ends = head(states[rows, asked]).flatten(0, 1), head(states[rows, asked + 1]).flatten(0, 1)
         answers = torch.tensor([VOCABULARY[q.answer] for q in questions])
-        weights = torch.tensor([HARD.get(q.type, 1.0) for q in questions])
+        weights = torch.tensor([PARTS[part].weights.get(q.type, 1.0) for q in questions])
         loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
         total = loss + 0.05 * F.cross_entropy(ends, torch.full_like(answers, end_of_turn))
         for optimiser in made:
@@ -187,7 +209,7 @@ def train_language(student: Student, steps: int, seed: int, drops: bool, rate: f
             right[question.type].append(ok)
         if step % 100 == 99:
             share = {name: float(np.mean(right[name])) for name in TYPES if right[name]}
-            log.append({"step": step + 1, "cpu_seconds": time.process_time() - start, "frames": frames, **share})
+            log.append({"step": step + 1, "part": part, "cpu_seconds": time.process_time() - start, **share})
             log[-1] |= {"loss": float(loss.detach()), "mean": float(np.mean(list(share.values())))}
             print({k: round(v, 2) for k, v in log[-1].items()}, flush=True)
             right.clear()

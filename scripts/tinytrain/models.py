@@ -45,6 +45,8 @@ class Student(ABC):
         knows_place: whether the tower can tell where in the picture a patch is.
         has_head: whether the tower pools its patches by attention.
         sizes: heights and widths of the frames that it learns from.
+        vision_steps: that the tower needs to tell shapes and digits apart.
+        language_steps: of the language model's training, by part.
         before, after: ids that stand around the video's tokens in a prompt.
     """
 
@@ -52,6 +54,8 @@ class Student(ABC):
     stride = 1
     knows_place = True
     has_head = False
+    vision_steps = 1300
+    language_steps: tuple[int, ...] = (3000, 1500, 700)
     sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE),)
     before: list[int]
     after: list[int]
@@ -93,6 +97,18 @@ class Student(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes checkpoint and processor, bf16."""
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a checkpoint that `save` wrote, its pooling head beside it."""
+        from safetensors.torch import load_file
+
+        saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
+        kept = saved.state_dict()
+        head = folder / "siglip" / "model.safetensors"
+        if head.exists():
+            rest = load_file(head)
+            kept |= {k.replace("vision_model.", "model.vision_tower.", 1): v.float() for k, v in rest.items()}
+        self.model.load_state_dict(kept)
 
     def _save_model(self, folder: Path) -> None:
         self.model.generation_config.pad_token_id = VOCABULARY["<pad>"]
@@ -193,6 +209,8 @@ class Qwen2VL(Student):
     """Rotary patches of two frames each, 2 x 2 of them merged into a token; frames of several sizes."""
 
     stride = 2
+    vision_steps = 2000
+    language_steps = (3000, 2300, 700)
     knows_place = False  # a rotary tower tells distances only; the decoder's own positions say where a token is
     sizes = ((SIDE, SIDE), (SIDE, SIDE), (60, 84), (84, 60))
     before = encode("<|im_start|> user <|vision_start|>")

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from tinytrain.models import CELL, PATCH, TEXT, TOWER, Student
 from vidcompress.eval.tinyqa import SIDE
+from vidcompress.eval.tinyqa.questions import PLACES, side
 from vidcompress.eval.tinyqa.render import add_grain, draw, draw_digit, grain
 from vidcompress.eval.tinyqa.scenes import COLOURS, DIGITS, RADII, SHAPES, TEXTURES, Flash, Scene, Shape, Story
 
 KINDS = 1 + len(SHAPES) + len(DIGITS)  # 0 is background
+SIDES = 1 + len(PLACES)  # 0 is background, or where one might argue
 BATCH = 24
 
 
@@ -72,11 +74,12 @@ def _owners(owner: np.ndarray, cell: int, least: int) -> np.ndarray:
 class Labels(nn.Module):
     """Linear read-outs that a good tower makes easy, and their losses; thrown away after training."""
 
-    def __init__(self, pooled: bool) -> None:
+    def __init__(self, pooled: bool, absolute: bool) -> None:
         super().__init__()
         width, hidden = TOWER["width"], TEXT["hidden_size"]
         self.kind, self.colour = nn.Linear(hidden, KINDS), nn.Linear(hidden, 1 + len(COLOURS))
         self.texture, self.patch_kind = nn.Linear(hidden, len(TEXTURES)), nn.Linear(width, KINDS)
+        self.side = nn.Linear(hidden, SIDES) if absolute else None
         self.offset, self.mask = nn.Linear(width, 3), nn.Linear(width, PATCH * PATCH)
         self.pooled = nn.Linear(width, KINDS - 1 + len(COLOURS) + len(TEXTURES)) if pooled else None
 
@@ -94,12 +97,17 @@ class Labels(nn.Module):
             "offset": ((self.offset(last) - batch["offset"]).abs().mean(-1) * (batch["kind"] > 0)).mean() * 2,
             "mask": F.binary_cross_entropy_with_logits(self.mask(seen["first"]), batch["mask"]),
         }
+        if self.side is not None:
+            side = self.side(tokens)
+            losses["side"] = (_cross_entropy(side, batch["side"]) * weight).mean()
         if self.pooled is not None:
             losses["pooled"] = 0.5 * F.binary_cross_entropy_with_logits(self.pooled(seen["pooled"]), batch["all"])
         found = something > 0
         report = {name: float(value.detach()) for name, value in losses.items()}
         report["kind right"] = float((kind.argmax(-1) == batch["token_kind"])[found].float().mean())
         report["colour right"] = float((colour.argmax(-1) == batch["token_colour"])[found].float().mean())
+        if self.side is not None:
+            report["side right"] = float((side.argmax(-1) == batch["side"])[found].float().mean())
         return torch.stack(list(losses.values())).sum(), report
 
 
@@ -133,6 +141,8 @@ def _labels(owner: np.ndarray, truth: dict, height: int, width: int, absolute: b
     rows, columns = (np.mgrid[: height // CELL, : width // CELL] + 0.5) * CELL
     origin = (width / 2, height / 2) if absolute else np.stack([columns, rows], -1)
     place = (truth["centre"][token][..., :2] - origin) / CELL * (token > 0)[..., None]
+    centres = truth["centre"][:, :2] / (width, height)
+    sides = np.array([0, *(1 + PLACES.index(s) if (s := side(x, y)) else 0 for x, y in centres[1:])])
     kinds, colours = truth["kind"][1:].astype(int), truth["colour"][1:].astype(int)
     everything = np.zeros(KINDS - 1 + len(COLOURS) + len(TEXTURES), np.float32)
     everything[kinds - 1] = 1
@@ -146,6 +156,7 @@ def _labels(owner: np.ndarray, truth: dict, height: int, width: int, absolute: b
         "token_colour": truth["colour"][token].astype(np.int64).reshape(-1),
         "token_texture": np.full(token.size, truth["texture"], np.int64),
         "place": place.astype(np.float32).reshape(-1, 2),
+        "side": sides[token].reshape(-1),
         "all": everything,
     }
 
@@ -167,7 +178,7 @@ def schedule(rate: float, step: int, done: float, warm: int = 60) -> float:
 
 def train_vision(student: Student, steps: int, seed: int, rate: float = 4e-3) -> list[dict[str, float]]:
     """Trains the student's eyes; returns a log of losses and accuracies over tokens that show something."""
-    labels = Labels(student.has_head)
+    labels = Labels(student.has_head, student.knows_place)
     made, parameters = optimisers([*student.eyes, labels], rate)
     rng, log, start = np.random.default_rng((seed, 4)), [], time.process_time()
     for step in range(steps):

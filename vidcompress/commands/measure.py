@@ -59,7 +59,9 @@ def evaluate(
     suite: Annotated[str, typer.Option(help="What to ask: tinyqa.")] = "tinyqa",
     methods: Annotated[str, typer.Option(help="By comma, or all (but those that take minutes).")] = "all",
     retention: Annotated[str, typer.Option(help="Retention ratios by comma; 1.0 asks without compression.")] = RATIOS,
-    model: Annotated[str | None, typer.Option(help="Checkpoint. Default: the tiny LLaVA-OneVision within.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint, or one within: tiny-llava-onevision (default), tiny-qwen2-vl.")
+    ] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto. Default: a GPU if any.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
@@ -82,12 +84,12 @@ def evaluate(
     options = loading_options(device, dtype, attn)
     if threads:
         torch.set_num_threads(threads)
-    name = model or str(checkpoints.path("llava_onevision"))
-    network, processor = load_model(name, options)
+    name = model or checkpoints.NAMES["llava_onevision"]
+    network, processor = load_model(checkpoints.located(name), options)
     asked = run.evaluate(
         network,
         processor,
-        name=model or checkpoints.NAMES["llava_onevision"],
+        name=name,
         suite=suite,
         methods=names,
         retention_ratios=ratios,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-NAMES = {"llava_onevision": "tiny-llava-onevision"}
+NAMES = {"llava_onevision": "tiny-llava-onevision", "qwen2_vl": "tiny-qwen2-vl"}
 """By `model_type`."""
 
 
@@ -17,3 +17,9 @@ def path(model_type: str = "llava_onevision") -> Path:
     if model_type not in NAMES:
         raise ValueError(f"no tiny {model_type!r} ships; there are: {', '.join(NAMES)}")
     return Path(str(files("vidcompress.eval") / "models" / NAMES[model_type]))
+
+
+def located(name: str) -> str:
+    """What `from_pretrained` takes for a name: the folder of a tiny model that ships, or the name itself."""
+    shipped = {tiny: model_type for model_type, tiny in NAMES.items()}
+    return str(path(shipped[name])) if name in shipped and not Path(name).exists() else name

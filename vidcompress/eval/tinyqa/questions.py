@@ -55,15 +55,14 @@ def _about_shapes(story: Story) -> Iterator[Question]:
         text = f"which direction did the {colour} {kind} move ?"
         yield Question("direction", text, DIRECTIONS[shape.direction], DIRECTIONS)
         for word, frame in (("start", 0), ("end", -1)):
-            place = _place(shape, frame, story)
+            place = side(shape.x[frame] / story.width, shape.y[frame] / story.height)
             if place is not None:
                 yield Question("place", f"where is the {colour} {kind} at the {word} ?", place, PLACES)
 
 
-def _place(shape: Shape, frame: int, story: Story) -> str | None:
-    """The side of the picture a shape is on; None where one might argue."""
-    x = (shape.x[frame] - story.width / 2) / story.width
-    y = (shape.y[frame] - story.height / 2) / story.height
+def side(x: float, y: float) -> str | None:
+    """One of PLACES for a centre at (x, y), as parts of the picture's width and height; None where one might argue."""
+    x, y = x - 0.5, y - 0.5
     far, near = max(abs(x), abs(y)), min(abs(x), abs(y))
     if far < 0.1:
         return "middle"
