@@ -90,8 +90,8 @@ class Lessons:
         self.rng = np.random.default_rng((seed, 5, part) if part else (seed, 5))
         self.shelves: dict[tuple[int, int, int], Shelf] = defaultdict(lambda: Shelf(capacity))
 
-    def batch(self, done: float) -> tuple[Tensor, Tensor, Tensor, list[Question], int]:
-        """Embeddings [B, L, D], mask [1, 1, L, L], positions [A, 1, L], the questions, and the clips' frames."""
+    def batch(self, done: float) -> tuple[Tensor, Tensor, Tensor, list[Question]]:
+        """Embeddings [B, L, D], mask [1, 1, L, L], positions [A, 1, L], and the questions."""
         lengths = next(lengths for end, lengths in self.part.curriculum if done < end or end == 1.0)
         frames = int(self.rng.choice(lengths))
         height, width = self.student.sizes[int(self.rng.integers(len(self.student.sizes)))]
@@ -104,7 +104,7 @@ class Lessons:
         ids = torch.tensor([block(q) for q in questions]).view(BATCH, PACKED * BLOCK)
         embeds = torch.cat([embeds, self.student.decoder.embed_tokens(ids)], 1)
         mask, positions = pack(positions)
-        return embeds, mask, positions, questions, frames
+        return embeds, mask, positions, questions
 
     @torch.no_grad()
     def _fill(self, shelf: Shelf, count: int, frames: int, height: int, width: int) -> None:
@@ -189,7 +189,7 @@ def train_language(student: Student, part: int, steps: int, seed: int, drops: bo
         for optimiser in made:
             for group in optimiser.param_groups:
                 group["lr"] = schedule(PARTS[part].rate, step, step / steps, warm=100)
-        embeds, mask, positions, questions, frames = lessons.batch(step / steps)
+        embeds, mask, positions, questions = lessons.batch(step / steps)
         states = student.decode(embeds, mask, positions)
         asked = torch.tensor([len(encode(q.text)) + 2 for q in questions]).view(BATCH, PACKED)
         asked = asked + torch.arange(PACKED) * BLOCK + embeds.shape[1] - PACKED * BLOCK

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vidcompress.eval.tinyqa.scenes import COLOURS, DIGITS, DIRECTIONS, SHAPES, TEXTURES, Scene, Shape, Story
+from vidcompress.eval.tinyqa.scenes import COLOURS, DIGITS, DIRECTIONS, SHAPES, TEXTURES, Scene, Story
 
 NUMBERS = ("1", "2", "3", "4", "5")
 PLACES = ("left", "right", "top", "bottom", "middle")
