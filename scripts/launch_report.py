@@ -51,7 +51,7 @@ def as_on_a_gpu(launched: Counter[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="fastvid,infomerge,unified_pool", help="names, between commas")
-    parser.add_argument("--grid", default="32x8x8", help="frames x rows x columns of tokens")
+    parser.add_argument("--grid", default="32x9x9", help="frames x rows x columns of tokens")
     parser.add_argument("--retention", type=float, default=0.1)
     options = parser.parse_args()
     t, h, w = map(int, options.grid.split("x"))
