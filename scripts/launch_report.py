@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vidcompress import load
 from vidcompress.bench import decide, merge, synthetic
+from vidcompress.commands.shared import sides_of
 from vidcompress.ops.launch import launch
 from vidcompress.profiling import count_launches
 
@@ -54,11 +55,10 @@ def main() -> None:
     parser.add_argument("--grid", default="32x9x9", help="frames x rows x columns of tokens")
     parser.add_argument("--retention", type=float, default=0.1)
     options = parser.parse_args()
-    t, h, w = map(int, options.grid.split("x"))
     launched: Counter[str] = Counter()
     as_on_a_gpu(launched)
     device = torch.device("cpu")
-    tokens = synthetic((t, h, w), 16, torch.bfloat16, device)
+    tokens = synthetic(sides_of(options.grid), 16, torch.bfloat16, device)
     print(f"{'method':16} {'launches':>8} {'waits':>5}  kernels")
     for name in options.methods.split(","):
         method: Any = load(name, retention_ratio=options.retention)

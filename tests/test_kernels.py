@@ -437,7 +437,9 @@ def test_merging_at_size() -> None:
     counts, reach = [30 * (f % 4 == 3) for f in range(32)], [(f // 8 * 8, f // 8 * 8 + 8) for f in range(32)]
     arguments = (x, ~salient, anchors, counts, reach, 0.6)
     got, want = (parts(implementation("anchor_merge", k)(*arguments)) for k in ("kernel", "torch"))
-    assert (got[0] != want[0]).float().mean() < 1e-3  # of which hardly any are as near to two anchors
+    # A token joins one anchor of every frame that has some: hardly any is as near to two.
+    first, other = (anchor[(source * 32 + anchor // 196).argsort(stable=True)] for anchor, source, _ in (got, want))
+    assert (first != other).float().mean() < 1e-3
     keep = torch.cat([salient.flatten().nonzero(), anchors.flatten().nonzero()]).squeeze(1).unique()
     slot = torch.searchsorted(keep, want[0].to(DEVICE))
     merged = (keep, slot, want[1].to(DEVICE), want[2].to(DEVICE))

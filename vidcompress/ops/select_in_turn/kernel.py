@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.launch import launch
+from vidcompress.ops.top_tokens.kernel import rank
 
 
 def select_in_turn(
@@ -49,14 +50,7 @@ def _select(
         own = tl.where(before, tl.load(again + row + i, mask=inside, other=0.0), own)
         tl.store(value + row + i, own, mask=inside)
         tl.debug_barrier()  # every thread reads what others wrote
-        rank = tl.full((B,), 0, tl.int32)
-        for first in range(0, positions, CHUNK):
-            j = first + tl.arange(0, CHUNK)
-            other = tl.load(value + row + j, mask=j < positions, other=-float("inf"))
-            higher = other[None, :] > own[:, None]
-            higher = higher | ((other[None, :] == own[:, None]) & (j[None, :] < i[:, None]))
-            rank += tl.sum((higher & (j < positions)[None, :]).to(tl.int32), 1)
-        now = inside & (rank < tl.load(counts + frame))
+        now = inside & (rank(value + row, own, i, positions, B, CHUNK) < tl.load(counts + frame))
         before = before | (now & fixed)
         tl.store(picked + row + i, now.to(tl.uint8), mask=inside)
         tl.store(repeated + row + i, before.to(tl.uint8), mask=inside)

@@ -29,17 +29,24 @@ def top_tokens(scores: Tensor, counts: Tensor | int) -> Tensor:
 
 
 @triton.jit
+def rank(scores, own, i, n, B: tl.constexpr, CHUNK: tl.constexpr):
+    """[B] how many of a row's n scores come before `own`, the scores at i: higher, or equal and at a lower index."""
+    before = tl.full((B,), 0, tl.int32)
+    for first in range(0, n, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        other = tl.load(scores + j, mask=j < n, other=0.0)
+        earlier = other[None, :] > own[:, None]
+        earlier = earlier | ((other[None, :] == own[:, None]) & (j[None, :] < i[:, None]))
+        before += tl.sum((earlier & (j < n)[None, :]).to(tl.int32), 1)
+    return before
+
+
+@triton.jit
 def _top(scores, limits, out, limit, n, stride, EACH: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     own = tl.load(scores + row * stride + i, mask=i < n, other=0.0)
-    rank = tl.full((B,), 0, tl.int32)
-    for first in range(0, n, CHUNK):
-        j = first + tl.arange(0, CHUNK)
-        other = tl.load(scores + row * stride + j, mask=j < n, other=0.0)
-        before = other[None, :] > own[:, None]
-        before = before | ((other[None, :] == own[:, None]) & (j[None, :] < i[:, None]))
-        rank += tl.sum((before & (j < n)[None, :]).to(tl.int32), 1)
     if EACH:
         limit = tl.load(limits + row)
-    tl.store(out + row * n + i, (rank < limit).to(tl.uint8), mask=i < n)
+    chosen = rank(scores + row * stride, own, i, n, B, CHUNK) < limit
+    tl.store(out + row * n + i, chosen.to(tl.uint8), mask=i < n)
