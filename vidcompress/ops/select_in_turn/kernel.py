@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.launch import launch
-from vidcompress.ops.top_tokens.kernel import rank
+from vidcompress.ops.top_tokens.kernel import _rank
 
 
 def select_in_turn(
@@ -50,7 +50,7 @@ def _select(
         own = tl.where(before, tl.load(again + row + i, mask=inside, other=0.0), own)
         tl.store(value + row + i, own, mask=inside)
         tl.debug_barrier()  # every thread reads what others wrote
-        now = inside & (rank(value + row, own, i, positions, B, CHUNK) < tl.load(counts + frame))
+        now = inside & (_rank(value + row, own, i, positions, B, CHUNK) < tl.load(counts + frame))
         before = before | (now & fixed)
         tl.store(picked + row + i, now.to(tl.uint8), mask=inside)
         tl.store(repeated + row + i, before.to(tl.uint8), mask=inside)

@@ -29,7 +29,7 @@ def top_tokens(scores: Tensor, counts: Tensor | int) -> Tensor:
 
 
 @triton.jit
-def rank(scores, own, i, n, B: tl.constexpr, CHUNK: tl.constexpr):
+def _rank(scores, own, i, n, B: tl.constexpr, CHUNK: tl.constexpr):
     """[B] how many of a row's n scores come before `own`, the scores at i: higher, or equal and at a lower index."""
     before = tl.full((B,), 0, tl.int32)
     for first in range(0, n, CHUNK):
@@ -48,5 +48,5 @@ def _top(scores, limits, out, limit, n, stride, EACH: tl.constexpr, B: tl.conste
     own = tl.load(scores + row * stride + i, mask=i < n, other=0.0)
     if EACH:
         limit = tl.load(limits + row)
-    chosen = rank(scores + row * stride, own, i, n, B, CHUNK) < limit
+    chosen = _rank(scores + row * stride, own, i, n, B, CHUNK) < limit
     tl.store(out + row * n + i, chosen.to(tl.uint8), mask=i < n)
