@@ -138,10 +138,8 @@ def frames_with_peaks(module: Any, dtype: torch.dtype) -> None:
 
 
 def anchor_merge(module: Any, dtype: torch.dtype, count: int) -> None:
-    frames, unit = torch.empty(2, 196, 3584, dtype=dtype), torch.empty(2, count, 3584)
     members = torch.ones(2, 196, dtype=torch.bool)
-    table, many = torch.zeros(4, 4, dtype=torch.long), torch.zeros(2 * count, dtype=torch.int32)
-    module.choose(frames, unit, members, members, table, many)
+    module.anchor_merge(torch.empty(2, 196, 3584, dtype=dtype), members, members, [count, 0], [(0, 2), (0, 2)], 0.6)
 
 
 def merge(module: Any, dtype: torch.dtype) -> None:

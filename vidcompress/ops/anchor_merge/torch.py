@@ -28,7 +28,7 @@ def anchor_merge(
     if not rows:
         return nothing(device)
     widest, joined, source = max(counts), [], []
-    frame, centre, unit = peaks(frames, anchors, rows, widest)
+    frame, centre, unit = _peaks(frames, anchors, rows, widest)
     real = torch.arange(widest, device=device) < torch.tensor([counts[f] for f in rows], device=device)[:, None]
     for pieces in _batches(rows, reach, p * widest, p * channels):
         token, row = _pairs(pieces, p, device)
@@ -49,7 +49,7 @@ def anchor_merge(
         source.append(token[mine])
     slot = torch.cat(joined)
     count = torch.zeros(real.numel(), dtype=torch.long, device=device).scatter_add_(0, slot, torch.ones_like(slot))
-    return triplets(rows, counts, centre, slot, torch.cat(source), count, anchor_weight)
+    return _triplets(rows, counts, centre, slot, torch.cat(source), count, anchor_weight)
 
 
 def rows_of(counts: Sequence[int], reach: Sequence[tuple[int, int]]) -> list[int]:
@@ -63,7 +63,7 @@ def nothing(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return none, none, torch.empty(0, dtype=torch.float32, device=device)
 
 
-def peaks(frames: Tensor, anchors: Tensor, rows: list[int], widest: int) -> tuple[Tensor, Tensor, Tensor]:
+def _peaks(frames: Tensor, anchors: Tensor, rows: list[int], widest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row its frame [R], the flat indices of its anchors [R, A], padded to the most of any, and these tokens,
     normalised, in fp32 [R, A, C]."""
     frame = torch.tensor(rows, device=frames.device)
@@ -72,7 +72,7 @@ def peaks(frames: Tensor, anchors: Tensor, rows: list[int], widest: int) -> tupl
     return frame, frame[:, None] * frames.shape[1] + place, unit
 
 
-def triplets(
+def _triplets(
     rows: list[int],
     counts: Sequence[int],
     centre: Tensor,

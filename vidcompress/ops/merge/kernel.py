@@ -23,14 +23,16 @@ def merge(features: Tensor, keep: Tensor, slot: Tensor, source: Tensor, weight: 
     first = torch.searchsorted(slot, torch.arange(len(keep) + 1, device=slot.device))
     out = torch.empty(len(keep), channels, dtype=features.dtype, device=features.device)
     launch(
-        _merge, (len(keep), triton.cdiv(channels, 256)), features, keep.contiguous(), first, source[order],
-        weight[order].float(), out, channels, features.stride(0), ROWS=16, BK=256, num_warps=4,
+        _merge, (len(keep), triton.cdiv(channels, 256)), features, keep.contiguous(), first, order,
+        source.contiguous(), weight.contiguous(), out, channels, features.stride(0), ROWS=16, BK=256, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _merge(features, keep, first, source, weight, out, channels, stride, ROWS: tl.constexpr, BK: tl.constexpr):
+def _merge(
+    features, keep, first, order, source, weight, out, channels, stride, ROWS: tl.constexpr, BK: tl.constexpr
+):
     slot, k = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK)
     start, end, inside = tl.load(first + slot), tl.load(first + slot + 1), k < channels
     to = out + slot.to(tl.int64) * channels + k
@@ -41,8 +43,9 @@ def _merge(features, keep, first, source, weight, out, channels, stride, ROWS: t
         total = tl.full((BK,), 0.0, tl.float32)
         for step in range(start, end, ROWS):
             e = step + tl.arange(0, ROWS)
-            row = tl.load(source + e, mask=e < end, other=0)
-            share = tl.load(weight + e, mask=e < end, other=0.0)
+            place = tl.load(order + e, mask=e < end, other=0)
+            row = tl.load(source + place, mask=e < end, other=0)
+            share = tl.load(weight + place, mask=e < end, other=0.0).to(tl.float32)
             at = row[:, None] * stride + k[None, :]
             x = tl.load(features + at, mask=(e < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
             total += tl.sum(share[:, None] * x, 0)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vidcompress.ops.spectral_entropy.quadrature import spectral_sum
 
-DETERMINANTS = ("cuda",)
-"""Devices where seventeen Cholesky factors are faster than eigenvalues, which wait for one small step after another."""
+DETERMINANTS = {"cpu": False, "cuda": True}
+"""Whether seventeen Cholesky factors are faster than eigenvalues, which wait for one small step after another."""
 
 CHUNK_ROWS = 1024
 """Tokens whose fp64 copies exist at once when there are more tokens than channels."""
@@ -21,7 +21,7 @@ def spectral_entropy(tokens: Tensor) -> Tensor:
     if rank < 2:
         return trace.new_zeros(())
     gram /= trace.clamp_min(1e-30)
-    if gram.device.type in DETERMINANTS:
+    if DETERMINANTS.get(gram.device.type, True):
         return (-spectral_sum(gram) / math.log(rank)).clamp(0, 1)
     energy = torch.linalg.eigvalsh(gram).clamp_min(0)
     share = energy / energy.sum().clamp_min(1e-30)
