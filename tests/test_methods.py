@@ -780,10 +780,10 @@ def test_penalties() -> None:
 
 
 def test_entropy_is_computed_only_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(tokens: Tensor) -> Tensor:
+    def refuse(tokens: Tensor, segments: object) -> Tensor:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(ops, "spectral_entropy", refuse)
+    monkeypatch.setattr(ops, "spectral_entropies", refuse)
     tokens = scene("random", (8, 3, 3))
     InfoMerge(retention_ratio=0.3, richness_weight=0.0).decide(tokens, PROJECTOR)
     with pytest.raises(AssertionError, match="computed"):

@@ -102,9 +102,11 @@ def test_then_of_pure_pruning_stays_pure() -> None:
     assert both.keep.tolist() == [1, 4] and both.slot is None
 
 
-def test_then_drops_triplets_that_only_hand_a_token_on() -> None:
-    own = Reduction(torch.tensor([0, 1]), 2, torch.tensor([0]), torch.tensor([0]), torch.tensor([1.0]))
-    assert own.then(Reduction.identity(2)).is_identity
+def test_then_has_no_triplets_for_what_both_hand_on() -> None:
+    first = Reduction(torch.tensor([0, 2, 3]), 4, torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
+    both = first.then(Reduction(torch.tensor([0, 2]), 3))
+    assert both.slot is not None and both.slot.tolist() == [0] and both.keep.tolist() == [0, 3]
+    assert first.then(Reduction(torch.tensor([1, 2]), 3)).slot is None
 
 
 def test_then_refuses_maps_that_do_not_meet() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidcompress.ops import merge
+from vidcompress.ops import compose, merge
 from vidcompress.precision import full_precision
 
 Grid = tuple[int, int, int]
@@ -230,37 +230,15 @@ class Reduction:
         keep = self.keep[later.keep]
         if self.slot is None and later.slot is None:
             return Reduction(keep, self.num_source)
-        # Join: a later (slot, middle, b) meets every earlier (middle, source, a) and becomes (slot, source, a * b).
-        middle, source, a = self._triplets()
-        slot, wanted, b = later._triplets()
-        count = middle.bincount(minlength=len(self))  # [K] triplets of every earlier slot
-        each = count[wanted]
-        pair = torch.arange(int(each.sum()), device=keep.device) - (each.cumsum(0) - each).repeat_interleave(each)
-        pair += (count.cumsum(0) - count)[wanted].repeat_interleave(each)
-        key = slot.repeat_interleave(each) * self.num_source + source[pair]
-        weight = a[pair].double() * b.double().repeat_interleave(each)
-        # Equal (slot, source) pairs add up, in order.
-        key, order = key.sort(stable=True)
-        key, lengths = key.unique_consecutive(return_counts=True)
-        weight = torch.segment_reduce(weight[order], "sum", lengths=lengths)
-        slot, source = key // self.num_source, key % self.num_source
-        # A slot that only hands its own token on needs no triplet.
-        alone = (slot.bincount(minlength=len(keep))[slot] == 1) & (source == keep[slot]) & (weight == 1)
-        if alone.all():
-            return Reduction(keep, self.num_source)
-        return Reduction(keep, self.num_source, slot[~alone], source[~alone], weight[~alone].float())
+        slot, source, weight = compose(self._map(), later._map(), self.num_source)
+        return Reduction(keep, self.num_source, slot, source, weight) if len(slot) else Reduction(keep, self.num_source)
 
-    def _triplets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(slot, source, weight) of the whole map, own-token rows included, sorted by slot."""
-        own = torch.ones(len(self), dtype=torch.bool, device=self.keep.device)
+    def _map(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(keep, slot, source, weight), empty where there are no triplets."""
         if self.slot is None:
-            return own.nonzero().squeeze(1), self.keep, own.float()
+            return self.keep, self.keep[:0], self.keep[:0], self.keep[:0].float()
         assert self.source is not None and self.weight is not None
-        own[self.slot] = False
-        mine = own.nonzero().squeeze(1)
-        slot, order = torch.cat([self.slot, mine]).sort(stable=True)
-        source = torch.cat([self.source, self.keep[mine]])[order]
-        return slot, source, torch.cat([self.weight, torch.ones_like(mine, dtype=self.weight.dtype)])[order]
+        return self.keep, self.slot, self.source, self.weight
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable: keep, num_source, merge triplets (or None) and notes."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidcompress.method import Method, floor, setting
-from vidcompress.ops import anchor_budgets, anchor_merge, apportion, density_peaks, segment_frames, top_tokens
+from vidcompress.ops import anchor_budgets, anchor_merge, apportion, density_peaks, places, segment_frames, top_tokens
 from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Variant = Literal["onevision", "llava_video", "qwen2_5_vl"]
@@ -84,7 +84,7 @@ class FastVID(Method):
         theirs = self.official and self.variant != "onevision"
         reach = self._reach(p, segments, anchor_count)
         merged = anchor_merge(x, others, anchor, anchor_count, reach, self.beta, anchors_join=not theirs)
-        kept = (salient | anchor).flatten().nonzero().squeeze(1)
+        kept = places(salient | anchor, [a + b for a, b in zip(salient_count, anchor_count, strict=True)])
         notes = {"segments": segments, "salient": salient_count, "anchors": anchor_count}
         return Reduction.merging(kept, t * p, [merged], notes)
 

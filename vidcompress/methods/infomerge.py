@@ -72,7 +72,7 @@ class InfoMerge(Method):
             start, end = (group := [*several])[0][0], group[-1][1]
             spans = [(a - start, b - start) for a, b in group]
             k, counts, free = segments.index(group[0]), anchors[start:end], ~picked[start:end]
-            seen = _with_means(x[start:end], replaced[start:end], spans)  # [L, P, C]
+            seen = ops.with_means(x[start:end], replaced[start:end], spans)  # [L, P, C]
             own = [f for f, count in enumerate(counts) if count]
             score = ops.density_peaks(seen[own], free[own], self.neighbours, self.density_ties)
             chosen = anchor[start:end] = _select_anchors(score, spans, counts, static[k : k + len(group)])
@@ -80,30 +80,36 @@ class InfoMerge(Method):
             merged = ops.anchor_merge(seen, free, chosen, counts, reach, self.beta_merge)
             parts.append((merged[0] + start * p, merged[1] + start * p, merged[2]))
         # 6. Everything that was kept, in temporal order.
-        kept = Reduction.merging(index[picked | anchor], t * p, parts)
+        keep = ops.places(picked | anchor, [a + b for a, b in zip(picks, anchors, strict=True)])
+        kept = Reduction.merging(keep, t * p, parts)
         notes = {"segments": segments, "weights": weights, "salient": picks, "anchors": anchors}
         return replace(_segment_means(replaced, segments, index).then(kept), notes=notes)
 
     def _static_positions(self, x: Tensor, segments: Segments) -> Tensor:
         """[K, P] bool; none in a segment of one frame, where nothing can repeat."""
-        differs = torch.zeros(len(segments), x.shape[1], device=x.device)
-        change = ops.cosine_fingerprint if self.fingerprint == "second_order" else ops.adjacent_difference
-        count, repeats = floor(self.static_ratio * x.shape[1]), [self.tfd and b - a > 1 for a, b in segments]
-        for k in [k for k, several in enumerate(repeats) if several]:
-            differs[k] = change(x[slice(*segments[k])])
-        return ops.top_tokens(-differs, torch.tensor([count * several for several in repeats]))
+        if not self.tfd:
+            return torch.zeros(len(segments), x.shape[1], dtype=torch.bool, device=x.device)
+        if self.fingerprint == "second_order":
+            differs = ops.cosine_fingerprints(x, segments)
+        else:
+            differs = torch.stack([ops.adjacent_difference(x[start:end]) for start, end in segments])
+        count = floor(self.static_ratio * x.shape[1])
+        return ops.top_tokens(-differs, torch.tensor([count * (end - start > 1) for start, end in segments]))
 
     def _segment_weights(self, x: Tensor, segments: Segments) -> Tensor:
         """[K] fp64: length times sigmoid of temperature times score; the score mixes uniqueness and richness."""
-        total = torch.stack([x[start:end].sum((0, 1), dtype=torch.float64) for start, end in segments])
-        rich = [ops.spectral_entropy(x[a:b].flatten(0, 1)) for a, b in segments] if self.richness_weight else []
-        length = torch.tensor([end - start for start, end in segments], dtype=torch.float64)
-        mean = total.cpu() / (length * x.shape[1])[:, None]  # [K, C]; the host does the rest, which it has to wait for
+        total = x.sum(1, dtype=torch.float64).flatten()  # [T * C]
+        rich = ops.spectral_entropies(x, segments) if self.richness_weight else total[:0]
+        # The host does the rest, which it has to wait for.
+        total, rich = torch.cat([total, rich]).cpu().split([len(total), len(rich)])
+        frames = total.view(len(x), -1).split([end - start for start, end in segments])
+        length = torch.tensor([len(own) for own in frames], dtype=torch.float64)
+        mean = torch.stack([own.sum(0) for own in frames]) / (length * x.shape[1])[:, None]  # [K, C]
         share = length / length.sum() if self.global_mean == "token" else torch.full_like(length, 1 / len(segments))
         unique = 1 - cosine_similarity(mean, share @ mean, dim=-1, eps=1e-30)
         score = self.uniqueness_weight * ops.standardise(unique, self.eps)
-        if rich:
-            score = score + self.richness_weight * ops.standardise(torch.stack(rich).cpu(), self.eps)
+        if len(rich):
+            score = score + self.richness_weight * ops.standardise(rich, self.eps)
         return length * torch.sigmoid(self.temperature * score)
 
     def _penalised(self, attention: Tensor) -> Tensor:
@@ -113,15 +119,6 @@ class InfoMerge(Method):
         if self.penalty == "subtract":
             return attention - self.penalty_strength
         return attention / (1 + self.penalty_strength)
-
-
-def _with_means(x: Tensor, replaced: Tensor, spans: Segments) -> Tensor:
-    """[L, P, C] fp32: the tokens, those that are replaced as the means of their positions over their segments."""
-    seen = x.to(torch.float32, copy=True)
-    for start, end in spans:
-        own = seen[start:end]
-        own.copy_(torch.where(replaced[start:end, :, None], own.mean(0), own))
-    return seen
 
 
 def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: Tensor) -> Tensor:

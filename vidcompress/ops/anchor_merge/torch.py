@@ -24,7 +24,7 @@ def anchor_merge(
     anchors_join: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (_, p, channels), device = frames.shape, frames.device
-    rows = rows_of(counts, reach)
+    rows = _rows_of(counts, reach)
     if not rows:
         return nothing(device)
     widest, joined, source = max(counts), [], []
@@ -52,7 +52,7 @@ def anchor_merge(
     return _triplets(rows, counts, centre, slot, torch.cat(source), count, anchor_weight)
 
 
-def rows_of(counts: Sequence[int], reach: Sequence[tuple[int, int]]) -> list[int]:
+def _rows_of(counts: Sequence[int], reach: Sequence[tuple[int, int]]) -> list[int]:
     """[R] the frames that have anchors, a row each in what follows, those of one reach side by side."""
     return sorted((f for f, count in enumerate(counts) if count), key=lambda f: (reach[f], f))
 

@@ -1,4 +1,4 @@
-"""Temporal fingerprints by Triton: one program a position, all frames of a segment in registers, for up to 32 frames.
+"""Temporal fingerprints by Triton: one program a position and segment, all of its frames in registers, for up to 32.
 
 The first pass over the channels takes the norms and how far each frame is from the one before, the second forms the
 products of the steps between unit tokens with all unit tokens, for the reason that torch.py has: cosines near 1
@@ -8,6 +8,8 @@ changes is told from one that changes less by 1e-7. Longer segments would not fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,20 +18,31 @@ from torch import Tensor
 from vidcompress.ops.cosine_fingerprint import torch as fast
 from vidcompress.ops.launch import launch, rows_contiguous
 
-LONGEST = 32
-"""Frames that fit into a program."""
+LENGTHS = (16, 32)
+"""Frames that fit into a program; a segment has the least that it needs."""
 
 
 def cosine_fingerprint(tokens: Tensor) -> Tensor:
-    length, positions, channels = tokens.shape
-    if not 1 < length <= LONGEST:
-        return fast.cosine_fingerprint(tokens)
+    return cosine_fingerprints(tokens, [(0, len(tokens))])[0]
+
+
+def cosine_fingerprints(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
+    """[K, P] of every segment: one launch for all segments of a size."""
+    _, positions, channels = tokens.shape
     tokens = rows_contiguous(tokens if tokens.dtype != torch.float64 else tokens.float())
-    out = torch.empty(positions, dtype=torch.float32, device=tokens.device)
-    launch(
-        _fingerprints, (positions,), tokens, out, length, channels, tokens.stride(0), tokens.stride(1),
-        L=16 if length <= 16 else 32, BK=64, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    out = torch.zeros(len(segments), positions, dtype=torch.float32, device=tokens.device)
+    fewest = 1
+    for most in LENGTHS:
+        spans = [(k, start, end) for k, (start, end) in enumerate(segments) if fewest < end - start <= most]
+        if spans:
+            launch(
+                _fingerprints, (positions, len(spans)), tokens, torch.tensor(spans, device=tokens.device), out,
+                positions, channels, tokens.stride(0), tokens.stride(1), L=most, BK=64, num_warps=4, num_stages=2,
+            )  # fmt: skip
+        fewest = most
+    for k, (start, end) in enumerate(segments):
+        if end - start > fewest:
+            out[k] = fast.cosine_fingerprint(tokens[start:end])
     return out
 
 
@@ -41,9 +54,11 @@ def _frames(base, i, length, stride, k, channels):
 
 
 @triton.jit
-def _fingerprints(tokens, out, length, channels, frame_stride, stride, L: tl.constexpr, BK: tl.constexpr):
-    position = tl.program_id(0)
-    base = tokens + position.to(tl.int64) * stride
+def _fingerprints(tokens, spans, out, positions, channels, frame_stride, stride, L: tl.constexpr, BK: tl.constexpr):
+    position, span = tl.program_id(0).to(tl.int64), spans + 3 * tl.program_id(1)
+    segment, first = tl.load(span), tl.load(span + 1)
+    length = (tl.load(span + 2) - first).to(tl.int32)
+    base = tokens + first * frame_stride + position * stride
     i = tl.arange(0, L)
     square = tl.full((L,), 0.0, tl.float32)
     square_next = tl.full((L,), 0.0, tl.float32)
@@ -73,4 +88,4 @@ def _fingerprints(tokens, out, length, channels, frame_stride, stride, L: tl.con
         change = tl.dot(step, tl.trans(unit), change, input_precision="ieee")
     pair = (i + 1 < length)[:, None] & (i < length)[None, :]
     total = tl.sum(tl.sum(tl.where(pair, tl.abs(change), 0.0), 1), 0)
-    tl.store(out + position, total / ((length - 1) * length))
+    tl.store(out + segment * positions + position, total / ((length - 1) * length))

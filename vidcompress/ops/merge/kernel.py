@@ -30,9 +30,7 @@ def merge(features: Tensor, keep: Tensor, slot: Tensor, source: Tensor, weight: 
 
 
 @triton.jit
-def _merge(
-    features, keep, first, order, source, weight, out, channels, stride, ROWS: tl.constexpr, BK: tl.constexpr
-):
+def _merge(features, keep, first, order, source, weight, out, channels, stride, ROWS: tl.constexpr, BK: tl.constexpr):
     slot, k = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK)
     start, end, inside = tl.load(first + slot), tl.load(first + slot + 1), k < channels
     to = out + slot.to(tl.int64) * channels + k

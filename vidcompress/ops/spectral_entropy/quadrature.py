@@ -21,45 +21,50 @@ CHUNK_ELEMENTS = 32 << 20
 """Of shifted copies that are factored together."""
 
 
-def spectral_sum(gram: Tensor) -> Tensor:
-    """Sum of x log x over the eigenvalues x of a positive semidefinite matrix [n, n] in fp64, to about 1e-6.
+def spectral_sums(gram: Tensor) -> Tensor:
+    """[B] sums of x log x over the eigenvalues x of positive semidefinite matrices [B, n, n] in fp64, to about 1e-6.
 
     For T above four times the largest eigenvalue, x log x = (x + T) log(x + T) - T - (integral of log(x + t) from 0 to
     T). Summed over x the first term is a series in traces of powers, and the integrand is a log-determinant.
     """
-    n = len(gram)
-    top = 4 * gram.norm().clamp_min(torch.finfo(gram.dtype).tiny)  # the Frobenius norm is no less than any eigenvalue
+    count, n, _ = gram.shape
+    # The Frobenius norm is no less than any eigenvalue.
+    top = 4 * torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(gram.dtype).tiny)  # [B]
     # (1 + s) log(1 + s) = s + sum over k of (-1)^k s^k / (k (k - 1)), for s = x / T up to 1/4.
-    powers = gram.new_empty(POWERS, n, n)
-    torch.div(gram, top, out=powers[0])
+    powers = gram.new_empty(POWERS, count, n, n)
+    torch.div(gram, top[:, None, None], out=powers[0])
     for k in range(1, POWERS):
-        torch.mm(powers[k - 1], powers[0], out=powers[k])
-    flat = powers.flatten(1)
-    traces = flat @ flat.T  # [POWERS, POWERS] tr(AB) of symmetric A, B
-    series = powers[0].diagonal().sum() + (traces * _coefficients().to(gram)).sum()
-    first = top.log() * (n * top + gram.diagonal().sum()) + top * series
+        torch.bmm(powers[k - 1], powers[0], out=powers[k])
+    flat = powers.flatten(2).transpose(0, 1)  # [B, POWERS, n * n]
+    traces = flat @ flat.mT  # [B, POWERS, POWERS] tr(AB) of symmetric A, B
+    total = gram.diagonal(dim1=1, dim2=2).sum(1)
+    series = total / top + (traces * _coefficients(gram.device)).sum((1, 2))
+    first = top.log() * (n * top + total) + top * series
 
-    at, weight = _nodes().to(gram)
-    shifts, volume = top * at, torch.empty_like(at)
-    for part in torch.arange(len(at), device=gram.device).split(max(1, CHUNK_ELEMENTS // n**2)):
-        shifted = gram.expand(len(part), n, n).clone()
-        shifted.diagonal(dim1=1, dim2=2).add_(shifts[part, None])
+    at, weight = _nodes(gram.device)
+    shifts = torch.outer(top, at)
+    volume = torch.empty_like(shifts)  # [B, m]
+    step = max(1, CHUNK_ELEMENTS // (count * n * n))
+    for a in range(0, len(at), step):
+        part = slice(a, a + step)
+        shifted = gram[:, None].expand(-1, len(at[part]), -1, -1).clone()
+        shifted.diagonal(dim1=2, dim2=3).add_(shifts[:, part, None])
         factor = torch.linalg.cholesky_ex(shifted).L
-        volume[part] = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
-    return first - n * top - top * (weight * volume).sum()
+        volume[:, part] = 2 * factor.diagonal(dim1=2, dim2=3).log().sum(2)
+    return first - top * (n + volume @ weight)
 
 
 @functools.cache
-def _coefficients() -> Tensor:
+def _coefficients(device: torch.device) -> Tensor:
     """[POWERS, POWERS] fp64: what the trace of a product of two powers counts in the series."""
     out = torch.zeros(POWERS, POWERS, dtype=torch.float64)
     for k in range(2, 2 * POWERS + 1):
         out[k // 2 - 1, k - k // 2 - 1] = (-1) ** k / (k * (k - 1))
-    return out
+    return out.to(device)
 
 
 @functools.cache
-def _nodes() -> Tensor:
+def _nodes(device: torch.device) -> Tensor:
     """[2, m] fp64 places and weights to integrate from 0 to 1 a function that grows like a logarithm."""
     # Golub and Welsch: the nodes are the eigenvalues of the Legendre polynomials' recurrence.
     k = torch.arange(1, NODES, dtype=torch.float64)
@@ -70,4 +75,4 @@ def _nodes() -> Tensor:
     weight = length * vectors[0].square() * at  # dt = t d(log t)
     # Below: exact for a logarithm.
     end = torch.tensor([LOWEST], dtype=torch.float64)
-    return torch.stack([torch.cat([end / math.e, at]), torch.cat([end, weight])])
+    return torch.stack([torch.cat([end / math.e, at]), torch.cat([end, weight])]).to(device)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vidcompress.ops.spectral_entropy.quadrature import spectral_sum
+from vidcompress.ops.spectral_entropy.quadrature import spectral_sums
 
 DETERMINANTS = {"cpu": False, "cuda": True}
 """Whether seventeen Cholesky factors are faster than eigenvalues, which wait for one small step after another."""
@@ -16,19 +16,24 @@ CHUNK_ROWS = 1024
 
 def spectral_entropy(tokens: Tensor) -> Tensor:
     rank = min(tokens.shape)
-    gram = _gram(tokens)
-    trace = gram.diagonal().sum()
+    gram = gram_of(tokens)
     if rank < 2:
-        return trace.new_zeros(())
-    gram /= trace.clamp_min(1e-30)
+        return gram.new_zeros(())
     if DETERMINANTS.get(gram.device.type, True):
-        return (-spectral_sum(gram) / math.log(rank)).clamp(0, 1)
+        return entropies(gram[None], gram.new_tensor([rank]))[0]
+    gram /= gram.diagonal().sum().clamp_min(1e-30)
     energy = torch.linalg.eigvalsh(gram).clamp_min(0)
     share = energy / energy.sum().clamp_min(1e-30)
     return torch.special.entr(share).sum() / math.log(rank)
 
 
-def _gram(x: Tensor) -> Tensor:
+def entropies(gram: Tensor, rank: Tensor) -> Tensor:
+    """[B] of Gram matrices [B, n, n] by determinants, over the logarithm of `rank` [B]; rows of zeros do not matter."""
+    gram = gram / gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None]
+    return (-spectral_sums(gram) / rank.log()).clamp_(0, 1)
+
+
+def gram_of(x: Tensor) -> Tensor:
     """Gram matrix of the shorter side: its eigenvalues are the squared singular values.
 
     In fp64, because a video at rest has rank 1, and fp32 would give it an entropy made of noise.

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vidcompress.ops.spectral_entropies import naive
+from vidcompress.ops.spectral_entropy import torch as one
+from vidcompress.ops.spectral_entropy.quadrature import POWERS
+
+CHUNK_ELEMENTS = 32 << 20
+"""Of fp64 copies of tokens, and of powers of their Gram matrices, that exist at once."""
+
+ALIKE = 0.7
+"""Matrices that are no smaller than so much of another are padded to its size: at worst thrice the work."""
+
+
+def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
+    if not one.DETERMINANTS.get(tokens.device.type, True):
+        return naive.spectral_entropies(tokens, segments)
+    (_, p, channels), flat, device = tokens.shape, tokens.flatten(0, 1), tokens.device
+    out = torch.zeros(len(segments), dtype=torch.float64, device=device)
+    sizes = [(end - start) * p for start, end in segments]
+    for group in _groups(sizes, channels):
+        most = sizes[group[0]]
+        if most > channels:
+            gram = torch.stack([one.gram_of(flat[a * p : b * p]) for a, b in (segments[k] for k in group)])
+        else:
+            begin, size = torch.tensor([(segments[k][0] * p, sizes[k]) for k in group], device=device).T[..., None]
+            place = torch.arange(most, device=device)
+            inside = place < size  # [B, n]
+            rows = flat[torch.where(inside, begin + place, 0)].double().mul_(inside[..., None])
+            gram = rows @ rows.mT
+        rank = torch.tensor([min(sizes[k], channels) for k in group], dtype=torch.float64, device=device)
+        out[torch.tensor(group, device=device)] = one.entropies(gram, rank)
+    return out
+
+
+def _groups(sizes: Sequence[int], channels: int) -> Iterator[list[int]]:
+    """Segments whose matrices are of about the same size, as many together as fit, the largest first; nothing is to be
+    done for those that cannot spread over two directions."""
+    group: list[int] = []
+    for k in sorted((k for k, n in enumerate(sizes) if min(n, channels) > 1), key=lambda k: -sizes[k]):
+        if group:
+            most, rank = sizes[group[0]], min(sizes[group[0]], channels)
+            room = CHUNK_ELEMENTS // (rank * max(POWERS * rank, channels if most <= channels else 0))
+            if (
+                len(group) >= room
+                or min(sizes[k], channels) < ALIKE * rank
+                or (sizes[k] > channels) != (most > channels)
+            ):
+                yield group
+                group = []
+        group.append(k)
+    if group:
+        yield group
