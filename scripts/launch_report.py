@@ -4,11 +4,10 @@
     python scripts/launch_report.py --methods fastvid --grid 8x6x6
     python scripts/launch_report.py --methods infomerge --where      # line by line
 
-Triton's interpreter runs the kernels, one launch each, and everything else is cut into pieces as for a GPU. Operators on
-what would be the GPU's memory count one each, however many kernels they are (a sort, a Cholesky factor); those on the
-host's own tensors do not. Copies to the GPU count apart. Waits are for what the host has to read. `vidcompress bench` on
-a GPU counts by the profiler instead. Interpreted kernels are slow: channels are few, which no count depends on but that
-of the spectral entropy, whose matrices are small here.
+Triton's interpreter runs the kernels, one launch each, and everything else is cut into pieces as for a GPU. Operators
+on what would be the GPU's memory count one each, however many kernels they are (a sort, a Cholesky factor); those on
+the host's own tensors do not. Copies to the GPU count apart. Waits are for what the host has to read. `vidcompress
+bench` on a GPU counts by the profiler instead.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ class Seen(TorchDispatchMode):
         name, kwargs = func.name().removeprefix("aten::").split(".")[0], kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         own = all(map(self._is_host, given)) if given else kwargs.get("device") is None
-        own |= name == "lift_fresh"  # a number in Python
+        own |= name in ("lift_fresh", "scalar_tensor")  # a number in Python
         out = func(*args, **kwargs)
         if not own:
             places = args[1] if name in ("index", "index_put", "index_put_") else ()
@@ -149,14 +148,15 @@ def as_on_a_gpu(seen: list[Seen]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="fastvid,infomerge,unified_pool", help="names, between commas")
-    parser.add_argument("--grid", default="32x9x9", help="frames x rows x columns of tokens")
+    parser.add_argument("--grid", default="32x6x6", help="frames x rows x columns of tokens")
+    parser.add_argument("--channels", type=int, default=256, help="only the spectral entropy's launches depend on them")
     parser.add_argument("--retention", type=float, default=0.1)
     parser.add_argument("--where", action="store_true", help="say from which line, too")
     options = parser.parse_args()
     every = [Seen()]
     as_on_a_gpu(every)
     device = torch.device("cpu")
-    tokens = synthetic(sides_of(options.grid), 16, torch.bfloat16, device)
+    tokens = synthetic(sides_of(options.grid), options.channels, torch.bfloat16, device)
     print(f"{'method':16} {'launches':>8} {'copies':>6} {'waits':>5}  of them kernels")
     for name in options.methods.split(","):
         method: Any = load(name, retention_ratio=options.retention)

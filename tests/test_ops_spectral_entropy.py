@@ -45,3 +45,24 @@ def test_entropy_by_determinants(case: str, elements: int, monkeypatch: pytest.M
     got, again = fast.spectral_entropy(tokens), fast.spectral_entropy(tokens)
     assert got.dtype == torch.float64 and torch.equal(got, again)
     torch.testing.assert_close(got, implementations("spectral_entropy")[0](tokens), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("small", [1024, 0])
+@pytest.mark.parametrize("elements", [32 << 20, 1])
+@pytest.mark.parametrize("channels", [200, 24])
+def test_entropies_of_all_segments_at_once(
+    channels: int, elements: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one token, of fewer than channels, of more; frozen ones, empty ones; padded to each other's sizes or not."""
+    together = importlib.import_module("vidcompress.ops.spectral_entropies.torch")
+    monkeypatch.setitem(fast.DETERMINANTS, "cpu", True)
+    monkeypatch.setattr(together, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(together, "SMALL", small)
+    tokens = randn(20, 9, channels) * torch.arange(1, channels + 1).float() ** -0.5
+    tokens[6:9], tokens[9:11] = tokens[5], 0
+    segments = [(0, 1), (1, 5), (5, 9), (9, 11), (11, 12), (12, 20)]
+    got = together.spectral_entropies(tokens, segments)
+    want = torch.stack([implementations("spectral_entropy")[0](tokens[a:b].flatten(0, 1)) for a, b in segments])
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    alone = together.spectral_entropies(tokens[:2, :1], [(0, 1), (1, 2)])
+    assert alone.tolist() == [0, 0] and alone.dtype == torch.float64

@@ -15,6 +15,9 @@ CHUNK_ELEMENTS = 32 << 20
 ALIKE = 0.7
 """Matrices that are no smaller than so much of another are padded to its size: at worst thrice the work."""
 
+SMALL = 1024
+"""Matrices up to so large are padded to any size up to this: for a GPU that is less than to ask it once more."""
+
 
 def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
     if not one.DETERMINANTS.get(tokens.device.type, True):
@@ -43,13 +46,10 @@ def _groups(sizes: Sequence[int], channels: int) -> Iterator[list[int]]:
     group: list[int] = []
     for k in sorted((k for k, n in enumerate(sizes) if min(n, channels) > 1), key=lambda k: -sizes[k]):
         if group:
-            most, rank = sizes[group[0]], min(sizes[group[0]], channels)
-            room = CHUNK_ELEMENTS // (rank * max(POWERS * rank, channels if most <= channels else 0))
-            if (
-                len(group) >= room
-                or min(sizes[k], channels) < ALIKE * rank
-                or (sizes[k] > channels) != (most > channels)
-            ):
+            most = sizes[group[0]]
+            elements = POWERS * channels**2 if most > channels else most * max(POWERS * most, channels)
+            alike = sizes[k] > channels if most > channels else most <= SMALL or sizes[k] >= ALIKE * most
+            if not alike or (len(group) + 1) * elements > CHUNK_ELEMENTS:
                 yield group
                 group = []
         group.append(k)
