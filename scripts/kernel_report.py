@@ -11,6 +11,7 @@ on tensor cores, `mma` the older ones, `fma` those without; `cp.async` are copie
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported; interpreted kernels cannot be compiled
 
@@ -31,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vidcompress.ops.launch import OPTIONS, launch
+from vidcompress.ops.launch import OPTIONS
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -101,16 +103,19 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 # -- one launch of every kind, at the sizes of LLaVA-OneVision-7B ------------------------------------------------------
 def density_peaks(module: Any, dtype: torch.dtype, origin: bool, kept: int) -> None:
-    tokens, every = torch.empty(2048, 3584, dtype=dtype), torch.arange(2048)
-    around = torch.zeros(3584, dtype=torch.float64) if origin else None
-    points = module.Points(tokens, every)
-    square = points.squares(every, around)
-    module.nearest(tokens, every, square, every, every, square, every, around, kept)
-
-
-def pairs(module: Any) -> None:
     every = torch.arange(2048)
-    module.Points(torch.empty(2048, 3584, dtype=torch.bfloat16), every).apart(every, every)
+    points = module.Points(torch.empty(2048, 3584, dtype=dtype), every)
+    points.scan(every, None, torch.zeros(3584, dtype=torch.float64) if origin else None, kept)
+
+
+def lists(module: Any) -> None:
+    every = torch.arange(2048)
+    points = module.Points(torch.empty(2048, 3584, dtype=torch.bfloat16), every, every)
+    near = points.scan(every, every, None, 15)
+    points.bounds(near, 7)
+    exact = points.measured(every, near, near.reach, None)
+    points.log_density(points.measured(every, near, near.reach, exact), near.point, every, 7)
+    points.apart(every, points.hashes(points.tokens, every, every))
 
 
 def column_mean_attention(module: Any, dtype: torch.dtype, channels: int) -> None:
@@ -147,12 +152,21 @@ def merge(module: Any, dtype: torch.dtype) -> None:
     module.merge(torch.empty(64, 3584, dtype=dtype), slot, slot, slot, torch.ones(32))
 
 
+def compose(module: Any) -> None:
+    one = (torch.arange(64), torch.arange(32), torch.arange(32), torch.ones(32))
+    module.compose(one, one, 64)
+
+
+def with_means(module: Any, dtype: torch.dtype) -> None:
+    module.with_means(torch.empty(8, 196, 3584, dtype=dtype), torch.zeros(8, 196, dtype=torch.bool), [(0, 8)])
+
+
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
     ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
     ("density_peaks", "bf16 shifted, k = 7", lambda m: density_peaks(m, torch.bfloat16, True, 15)),
     ("density_peaks", "fp32, k = 7", lambda m: density_peaks(m, torch.float32, True, 15)),
-    ("density_peaks", "bf16", pairs),
+    ("density_peaks", "bf16, ranked", lists),
     ("density_peaks", "frames in bf16", lambda m: frames_with_peaks(m, torch.bfloat16)),
     ("density_peaks", "frames in fp32", lambda m: frames_with_peaks(m, torch.float32)),
     ("anchor_merge", "bf16, 24 anchors", lambda m: anchor_merge(m, torch.bfloat16, 24)),
@@ -170,6 +184,9 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("dpp_map", "196 tokens", lambda m: dpp_map(m, 196)),
     ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
     ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),
+    ("compose", "64 tokens", compose),
+    ("places", "32 frames", lambda m: m.places(torch.ones(32, 196, dtype=torch.bool), [196] * 32)),
+    ("with_means", "bf16", lambda m: with_means(m, torch.bfloat16)),
     ("select_in_turn", "196 positions", lambda m: select_in_turn(m, 196)),
     ("select_in_turn", "729 positions", lambda m: select_in_turn(m, 729)),
 ]
@@ -177,22 +194,24 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
 
 def reports() -> list[Report]:
     """Of every kernel, by calling what launches it and compiling instead."""
-    out = []
-    for op, what, call in CASES:
-        name = f"vidcompress.ops.{op}.kernel"
-        module = importlib.import_module(name)
-        launching: list[Any] = [m for other, m in sys.modules.items() if other.startswith(name)]
+    out: list[Report] = []
+    modules: list[Any] = [importlib.import_module(f"vidcompress.ops.{op}.kernel") for op, _, _ in CASES]
+    launching: list[Any] = [m for name, m in sys.modules.items() if re.match(r"vidcompress\.ops\.\w+\.kernel", name)]
+    with contextlib.ExitStack() as stack:
+        # What no kernel has written is read by the host.
+        stack.enter_context(patch.object(torch, "empty", torch.zeros))
+        for (op, what, call), module in zip(CASES, modules, strict=True):
 
-        def record(kernel: Any, grid: Any, *arguments: Any, case: str = f"{op}, {what}", **constants: Any) -> None:
-            out.append(compiled(case, kernel, arguments, constants))
+            def record(
+                kernel: Any, grid: Any, *arguments: Any, case: tuple[str, str] = (op, what), **constants: Any
+            ) -> None:
+                if kernel.fn.__module__.startswith(f"vidcompress.ops.{case[0]}.kernel"):
+                    out.append(compiled(", ".join(case), kernel, arguments, constants))
 
-        for launcher in launching:
-            launcher.launch = record
-        try:
-            call(module)
-        finally:
             for launcher in launching:
-                launcher.launch = launch
+                if hasattr(launcher, "launch"):
+                    stack.enter_context(patch.object(launcher, "launch", record))
+            call(module)
     return out
 
 

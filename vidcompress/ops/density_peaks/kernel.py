@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidcompress.ops.density_peaks import kernel_lists as lists
 from vidcompress.ops.density_peaks import tiled
 from vidcompress.ops.density_peaks import torch as fast
 from vidcompress.ops.density_peaks.kernel_frames import frame_scores
+from vidcompress.ops.density_peaks.kernel_lists import PAIRS
 from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
 
 MOST_KEPT = 32
@@ -32,9 +34,6 @@ SPLITS = 8
 
 ROUNDING = 4
 """Tensor cores round their sums towards zero: so many times the rounding of tiled.py's products is allowed for."""
-
-PAIRS = 512 if UPCAST else 8
-"""Pairs a program measures: the interpreter takes as long for a small tile as for a large one."""
 
 
 def density_peaks(
@@ -56,29 +55,32 @@ class Points(tiled.Points):
 
     def middle(self) -> Tensor | None:
         """Half-precision tokens stay where they are, unless most of their length is their common mean."""
-        middle = super().middle()
-        if middle is None or self.tokens.dtype in (torch.float32, torch.float64):
-            return middle
+        if self.tokens.dtype in (torch.float32, torch.float64):
+            return super().middle()
         some = self.tokens[self.index[:: max(1, len(self.index) // tiled.TILE)]].double()
-        return None if middle.square().sum() <= 0.8 * some.square().sum(1).mean() else middle
+        middle = some.mean(0)
+        is_short = middle.norm() <= some.norm() * (0.8 / len(some)) ** 0.5
+        return None if is_short else middle
 
     def noise(self, square: Tensor, distance: Tensor) -> Tensor:
         return ROUNDING * super().noise(square, distance)
 
+    @property
+    def unit(self) -> float:
+        """What `noise` multiplies with."""
+        return ROUNDING * tiled.NOISE * float(self.tokens.shape[1]) ** 0.5
+
     def scan(self, rows: Tensor, columns: Tensor | None, origin: Tensor | None, kept: int) -> tiled.Near:
-        across = rows if columns is None else columns
+        rows = rows.contiguous()
+        across = rows if columns is None else columns.contiguous()
         kept = min(kept, len(across))
         if kept > MOST_KEPT:
             return super().scan(rows, columns, origin, kept)
         square = self.squares(across, origin)
         own = square if columns is None else self.squares(rows, origin)
-        below = torch.full_like(rows, len(self.index)) if self.below is None else self.below[rows]
-        near = nearest(self.tokens, self.index[rows], own, below, self.index[across], square, across, origin, kept)
+        near = nearest(self, rows, own, across, square, origin, kept)
         if columns is not None:
             near.farthest.zero_()
-        last = near.distance[:, -1]
-        listed = last.isinf() if kept < len(across) else torch.ones_like(last, dtype=torch.bool)
-        near.reach = (last - self.noise(own, last)).masked_fill(listed, torch.inf)
         return near
 
     def squares(self, points: Tensor, origin: Tensor | None) -> Tensor:
@@ -87,61 +89,71 @@ class Points(tiled.Points):
         raw, shift = origin is None, self.tokens if origin is None else _shift(self.tokens, origin)
         channels, stride = self.tokens.shape[1], self.tokens.stride(0)
         launch(
-            _squares, (triton.cdiv(len(points), PAIRS),), self.tokens, shift, self.index[points], out,
+            _squares, (triton.cdiv(len(points), PAIRS),), self.tokens, shift, self.index, points, out,
             len(points), channels, stride, RAW=raw, P=PAIRS, BK=256, num_warps=4,
         )  # fmt: skip
         return out
+
+    def bounds(self, near: tiled.Near, wanted: int) -> tuple[Tensor, Tensor]:
+        return lists.bounds(near, wanted, self.unit)
+
+    def measured(self, rows: Tensor, near: tiled.Near, last: Tensor, known: Tensor | None) -> Tensor:
+        return lists.measured(self.tokens, self.index, rows, near, last.contiguous(), known, self.unit)
 
     def apart(self, one: Tensor, other: Tensor) -> Tensor:
         out = torch.empty(len(one), dtype=torch.float64, device=one.device)
         channels, stride = self.tokens.shape[1], self.tokens.stride(0)
         launch(
-            _apart, (triton.cdiv(len(one), PAIRS),), self.tokens, self.index[one], self.index[other], out,
+            _apart, (triton.cdiv(len(one), PAIRS),), self.tokens, self.index, one, other, out,
             len(one), channels, stride, P=PAIRS, BK=256, num_warps=4,
         )  # fmt: skip
-        return out.sqrt_()
+        return out
+
+    def log_density(self, exact: Tensor, point: Tensor, copies: Tensor, neighbours: int) -> Tensor:
+        return lists.log_density(exact, point, copies, neighbours)
+
+    @staticmethod
+    def hashes(tokens: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
+        run = tiled.Points.hashes if tokens.dtype == torch.float64 else lists.hashes
+        return run(tokens, chosen, factor)
 
 
 def nearest(
-    tokens: Tensor,
+    points: Points,
     rows: Tensor,
     row_square: Tensor,
-    below: Tensor,
     columns: Tensor,
     column_square: Tensor,
-    number: Tensor,
     origin: Tensor | None,
     kept: int,
 ) -> tiled.Near:
-    """The `kept` nearest columns of every row by one kernel, `reach` left open.
+    """The `kept` nearest columns of every row, by one kernel, and one that joins its lists.
 
     Args:
-        tokens: [n, C].
-        rows, columns: [r] and [c] where they are among the tokens.
+        rows, columns: [r] and [c] points, ascending; a point's `below` bounds the columns that count for it.
         row_square, column_square: [r] and [c] squared lengths, as seen from the origin.
-        below: [r] only columns of a lower number count.
-        number: [c] ascending.
         origin: [C] fp64 from where to look; None: 0, and tokens are multiplied as they are stored.
     """
-    slots, count, device = max(2, triton.next_power_of_2(kept)), len(rows), tokens.device
+    tokens, device = points.tokens, points.tokens.device
+    slots, count, limited = max(2, triton.next_power_of_2(kept)), len(rows), points.below is not None
     tile = {"BM": 128, "BN": 128, "BK": 64} if origin is None and slots <= 16 else {"BM": 64, "BN": 128, "BK": 32}
     blocks, splits = triton.cdiv(count, tile["BM"]), min(SPLITS, triton.cdiv(len(columns), tile["BN"]))
     distance = torch.empty(count, splits, slots, dtype=torch.float32, device=device)
     point = torch.empty(count, splits, slots, dtype=torch.int32, device=device)
     farthest = torch.empty(count, splits, dtype=torch.float32, device=device)
-    highest = torch.nn.functional.pad(below, (0, blocks * tile["BM"] - count)).view(blocks, -1).amax(1)
-    ends = torch.searchsorted(number, highest).int()  # [blocks] columns that a block of rows has to see
+    below = ends = rows
+    if points.below is not None:
+        below = points.below[rows]
+        highest = torch.nn.functional.pad(below, (0, blocks * tile["BM"] - count)).view(blocks, -1).amax(1)
+        ends = torch.searchsorted(columns, highest)  # [blocks] columns that a block of rows has to see
     launch(
-        _nearest, (splits, blocks), tokens, tokens if origin is None else _shift(tokens, origin),
-        rows, row_square, below.int(), ends, columns, column_square, number.int(), distance, point, farthest,
-        count, tokens.shape[1], tokens.stride(0),
-        KEPT=kept, SLOTS=slots, RAW=origin is None, UPCAST=UPCAST, **tile,
+        _nearest, (splits, blocks), tokens, tokens if origin is None else _shift(tokens, origin), points.index,
+        rows, row_square, below, ends, columns, column_square, distance, point, farthest,
+        count, len(columns), tokens.shape[1], tokens.stride(0),
+        KEPT=kept, SLOTS=slots, LIMITED=limited, RAW=origin is None, UPCAST=UPCAST, **tile,
         num_warps=8, num_stages=3,
     )  # fmt: skip
-    best = distance.flatten(1).topk(kept, largest=False)
-    return tiled.Near(
-        best.values, point.flatten(1).gather(1, best.indices).long(), row_square, row_square, farthest.amax(1)
-    )
+    return lists.joined(distance, point, farthest, row_square, kept, len(columns), points.unit)
 
 
 def _shift(tokens: Tensor, origin: Tensor) -> Tensor:
@@ -160,9 +172,11 @@ def _load(tokens, place, valid, k, channels, stride, shift, RAW: tl.constexpr):
 
 
 @triton.jit
-def _squares(tokens, shift, points, out, count, channels, stride, RAW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr):
+def _squares(
+    tokens, shift, index, points, out, count, channels, stride, RAW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr
+):
     i = tl.program_id(0) * P + tl.arange(0, P)
-    place = tl.load(points + i, mask=i < count, other=0)
+    place = tl.load(index + tl.load(points + i, mask=i < count, other=0), mask=i < count, other=0)
     total = tl.full((P,), 0.0, tl.float32)
     for start in range(0, channels, BK):
         x = _load(tokens, place, i < count, start + tl.arange(0, BK), channels, stride, shift, RAW).to(tl.float32)
@@ -171,42 +185,46 @@ def _squares(tokens, shift, points, out, count, channels, stride, RAW: tl.conste
 
 
 @triton.jit
-def _apart(tokens, one, other, out, count, channels, stride, P: tl.constexpr, BK: tl.constexpr):
-    """Squared distances of pairs, in fp64."""
+def _apart(tokens, index, one, other, out, count, channels, stride, P: tl.constexpr, BK: tl.constexpr):
+    """Squared distances of pairs over C, in fp64, by the words of the definition."""
     i = tl.program_id(0) * P + tl.arange(0, P)
-    a = tl.load(one + i, mask=i < count, other=0)
-    b = tl.load(other + i, mask=i < count, other=0)
+    a = tl.load(index + tl.load(one + i, mask=i < count, other=0), mask=i < count, other=0)
+    b = tl.load(index + tl.load(other + i, mask=i < count, other=0), mask=i < count, other=0)
     total = tl.full((P,), 0.0, tl.float64)
     for start in range(0, channels, BK):
         k = start + tl.arange(0, BK)
         x = _load(tokens, a, i < count, k, channels, stride, tokens, True).to(tl.float64)
         x -= _load(tokens, b, i < count, k, channels, stride, tokens, True).to(tl.float64)
         total += tl.sum(x * x, 1)
-    tl.store(out + i, total, mask=i < count)
+    distance = tl.sqrt(total) / tl.sqrt(total * 0 + channels)
+    tl.store(out + i, distance * distance, mask=i < count)
 
 
 @triton.jit
 def _nearest(
-    tokens, shift, rows, row_square, below, ends, columns, column_square, number, distance, point, farthest,
-    count, channels, stride,
-    KEPT: tl.constexpr, SLOTS: tl.constexpr, RAW: tl.constexpr, UPCAST: tl.constexpr,
+    tokens, shift, index, rows, row_square, below, ends, columns, column_square, distance, point, farthest,
+    count, end, channels, stride,
+    KEPT: tl.constexpr, SLOTS: tl.constexpr, LIMITED: tl.constexpr, RAW: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # the last rows have most columns below them: they start first
     i = block * BM + tl.arange(0, BM)
     slot = tl.arange(0, SLOTS)
-    place = tl.load(rows + i, mask=i < count, other=0)
+    place = tl.load(index + tl.load(rows + i, mask=i < count, other=0), mask=i < count, other=0)
     own = tl.load(row_square + i, mask=i < count, other=0.0)
-    limit = tl.load(below + i, mask=i < count, other=0)
-    end = tl.load(ends + block)
+    limit = tl.where(i < count, 2147483647, 0)
+    if LIMITED:
+        limit = tl.load(below + i, mask=i < count, other=0).to(tl.int32)
+        end = tl.load(ends + block).to(tl.int32)
     # Slots beyond those to keep are never the worst, so nothing takes them.
     best = tl.where(slot[None, :] < KEPT, tl.full((BM, SLOTS), float("inf"), tl.float32), -float("inf"))
     who = tl.full((BM, SLOTS), 0, tl.int32)
     most = tl.full((BM,), 0.0, tl.float32)
     for start in range(split * BN, end, splits * BN):
         j = start + tl.arange(0, BN)
-        across = tl.load(columns + j, mask=j < end, other=0)
+        named = tl.load(columns + j, mask=j < end, other=2147483647).to(tl.int32)
+        across = tl.load(index + named, mask=j < end, other=0)
         product = tl.full((BM, BN), 0.0, tl.float32)
         for first in range(0, channels, BK):
             k = first + tl.arange(0, BK)
@@ -216,7 +234,6 @@ def _nearest(
                 x, y = x.to(tl.float32), y.to(tl.float32)
             product = tl.dot(x, tl.trans(y), product, input_precision="tf32x3")
         square = tl.load(column_square + j, mask=j < end, other=0.0)
-        named = tl.load(number + j, mask=j < end, other=2147483647)
         tile = own[:, None] + square[None, :] - 2 * product
         seen = named[None, :] < limit[:, None]
         most = tl.maximum(most, tl.max(tl.where(seen, tile, 0.0), 1))

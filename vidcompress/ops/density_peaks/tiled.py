@@ -9,6 +9,7 @@ nearest. Such tokens are searched again around one of them, the leader: with the
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,12 +69,59 @@ class Points:
         """The nearest of `rows` among `columns` as `_search`, by one pass over all distances."""
         return _scan(self, rows, columns, origin, kept)
 
+    def bounds(self, near: Near, wanted: int) -> tuple[Tensor, Tensor]:
+        """[r] squared, what the `wanted` nearest are no farther than; and [r] whether another origin may tell more."""
+        last = near.distance[:, min(wanted, near.distance.shape[1]) - 1].clamp_min(0)
+        most = last + self.noise(near.square, last)
+        # Where distances are about as long as the points, another origin would tell no more.
+        return most, (most > near.reach) & (near.square > 5 * last)
+
+    def measured(self, rows: Tensor, near: Near, last: Tensor, known: Tensor | None) -> Tensor:
+        """[r, kept] fp64 squared distances over C, where `near` has them no farther than `last` or than fp32 can tell.
+
+        Infinite elsewhere, but for what is `known`.
+        """
+        limit = last + 2 * self.noise(near.square, last)
+        unknown = torch.full(near.distance.shape, torch.inf, dtype=torch.float64, device=rows.device)
+        out = unknown if known is None else known.clone()
+        row, column = ((near.distance <= limit[:, None]) & near.distance.isfinite() & out.isinf()).nonzero(
+            as_tuple=True
+        )
+        one, other = rows[row], near.point[row, column]
+        # Two tokens that are each other's neighbours are measured once.
+        pairs, which = torch.unique(
+            torch.minimum(one, other) * len(self.index) + torch.maximum(one, other), return_inverse=True
+        )
+        out[row, column] = self.apart(pairs // len(self.index), pairs % len(self.index))[which]
+        return out
+
     def apart(self, one: Tensor, other: Tensor) -> Tensor:
-        """[p] fp64 distances of pairs of points."""
+        """[p] fp64 squared distances of pairs of points over C; 0 for a point and itself."""
+        out = torch.zeros(one.shape, dtype=torch.float64, device=one.device)
+        pair = (one != other).nonzero().squeeze(1)
         step = _step(self.tokens)
-        parts = zip(one.split(step), other.split(step), strict=True)
+        parts = zip(one[pair].split(step), other[pair].split(step), strict=True)
         # By the words of the definition, so that what is equal there is equal here.
-        return torch.cat([self.exact(a).sub_(self.exact(b)).norm(dim=-1) for a, b in parts])
+        distance = torch.cat([self.exact(a).sub_(self.exact(b)).norm(dim=-1) for a, b in parts])
+        out[pair] = (distance / self.tokens.shape[1] ** 0.5) ** 2
+        return out
+
+    def log_density(self, exact: Tensor, point: Tensor, copies: Tensor, neighbours: int) -> Tensor:
+        """[r] fp64 from squared distances [r, kept] to points of which there are `copies` [m]."""
+        exact, order = exact.sort(dim=1)
+        upto = copies[point].gather(1, order).cumsum(1)
+        slot = torch.arange(neighbours, device=copies.device).expand(len(upto), -1).contiguous()
+        return -exact.gather(1, torch.searchsorted(upto, slot, right=True)).mean(1)
+
+    @staticmethod
+    def hashes(tokens: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
+        """[m] sums of the bits of some tokens [n, C] with factors [C], modulo 2^64."""
+        wide = tokens.dtype == torch.float64
+        sums = []
+        for part in chosen.split(_step(tokens)):
+            x = tokens.index_select(0, part).to(torch.float64 if wide else torch.float32) + 0.0  # -0 becomes 0
+            sums.append((x.view(torch.int64 if wide else torch.int32) * factor).sum(1))
+        return torch.cat(sums)
 
 
 @dataclass
@@ -108,14 +156,15 @@ def tiled_scores(
     chosen = candidates.nonzero().squeeze(1)
     if not len(chosen):
         return out
-    copies, first = _copies(tokens, chosen)
-    points = (kind or Points)(tokens, chosen[first])
+    kind = kind or Points
+    copies, first = _copies(tokens, chosen, kind)
+    points = kind(tokens, chosen[first])
     origin = points.middle()
     count = copies.bincount()
     every = torch.arange(len(first), device=tokens.device)
     near = _search(points, every, None, origin, neighbours)
-    exact = _measured(points, every, near, near.distance[:, min(neighbours, near.distance.shape[1]) - 1])
-    log_density = _log_density(exact, count[near.point], min(neighbours, len(chosen)))[copies]  # [candidates]
+    exact = points.measured(every, near, near.distance[:, min(neighbours, near.distance.shape[1]) - 1], None)
+    log_density = points.log_density(exact, near.point, count, min(neighbours, len(chosen)))[copies]  # [candidates]
     if noise is not None:
         log_density = (log_density.exp() + noise[chosen]).log()
 
@@ -138,22 +187,23 @@ def _step(tokens: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS.get(tokens.device.type, 1 << 20) // tokens.shape[1])
 
 
-def _copies(tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _copies(tokens: Tensor, chosen: Tensor, kind: type[Points] = Points) -> tuple[Tensor, Tensor]:
     """[candidates] number of every different token among the candidates, and [m] where each is first."""
     # Tokens are told apart by a sum of their bits with random odd factors, modulo 2^64: different ones agree by chance
     # once in some 10^14 pairs.
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randint(-(2**62), 2**62, (tokens.shape[1],), generator=generator).mul_(2).add_(1).to(tokens.device)
-    wide = tokens.dtype == torch.float64
-    sums = []
-    for part in chosen.split(_step(tokens)):
-        x = tokens.index_select(0, part).to(torch.float64 if wide else torch.float32) + 0.0  # -0 becomes 0
-        sums.append((x.view(torch.int64 if wide else torch.int32) * factor).sum(1))
-    kinds, kind = torch.unique(torch.cat(sums), return_inverse=True)
+    hashes = kind.hashes(tokens, chosen, _factors(tokens.shape[1], tokens.device))
+    kinds, kind_of = torch.unique(hashes, return_inverse=True)
     place = torch.arange(len(chosen), device=tokens.device)
-    first = place.new_full((len(kinds),), len(chosen)).scatter_reduce_(0, kind, place, "amin").sort()
+    first = place.new_full((len(kinds),), len(chosen)).scatter_reduce_(0, kind_of, place, "amin").sort()
     number = torch.empty_like(first.indices).scatter_(0, first.indices, place[: len(kinds)])
-    return number[kind], first.values
+    return number[kind_of], first.values
+
+
+@functools.cache
+def _factors(channels: int, device: torch.device) -> Tensor:
+    """[C] random odd numbers."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (channels,), generator=generator).mul_(2).add_(1).to(device)
 
 
 # -- who is near -------------------------------------------------------------------------------------------------------
@@ -229,10 +279,8 @@ def _search_again(
     points: Points, rows: Tensor, columns: Tensor, near: Near, origin: Tensor | None, wanted: int
 ) -> None:
     """Searches around leaders for the rows whose nearest the scan could not make out."""
-    last = near.distance[:, min(wanted, near.distance.shape[1]) - 1].clamp_min(0)
-    most = last + points.noise(near.square, last)  # the wanted ones are no farther than this
-    # Where distances are about as long as the points, another origin would tell no more.
-    unsure = ((most > near.reach) & (near.square > 5 * last)).nonzero().squeeze(1)
+    most, doubtful = points.bounds(near, wanted)
+    unsure = doubtful.nonzero().squeeze(1)
     while len(unsure):
         leaders = rows[unsure[: max(1, min(LEADERS, LEADER_ELEMENTS // len(columns)))]]
         apart = _from_leaders(points, leaders, columns, origin)  # [leaders, columns]
@@ -264,41 +312,7 @@ def _from_leaders(points: Points, leaders: Tensor, columns: Tensor, origin: Tens
     return out.add_(x.norm(dim=1).square()[:, None])
 
 
-# -- how near ----------------------------------------------------------------------------------------------------------
-def _measured(points: Points, rows: Tensor, near: Near, last: Tensor, known: Tensor | None = None) -> Tensor:
-    """[r, kept] fp64 squared distances over C, where `near` has them no farther than `last` or than fp32 can tell.
-
-    Infinite elsewhere, but for what is `known`.
-    """
-    limit = last + 2 * points.noise(near.square, last)
-    unknown = torch.full(near.distance.shape, torch.inf, dtype=torch.float64, device=rows.device)
-    out = unknown if known is None else known.clone()
-    row, column = ((near.distance <= limit[:, None]) & near.distance.isfinite() & out.isinf()).nonzero(as_tuple=True)
-    one, other = rows[row], near.point[row, column]
-    # Two tokens that are each other's neighbours are measured once.
-    pairs, which = torch.unique(
-        torch.minimum(one, other) * len(points.index) + torch.maximum(one, other), return_inverse=True
-    )
-    out[row, column] = _squared_distances(points, pairs // len(points.index), pairs % len(points.index))[which]
-    return out
-
-
-def _squared_distances(points: Points, one: Tensor, other: Tensor) -> Tensor:
-    """[p] fp64, over C; 0 for a point and itself."""
-    out = torch.zeros(one.shape, dtype=torch.float64, device=one.device)
-    pair = (one != other).nonzero().squeeze(1)
-    out[pair] = (points.apart(one[pair], other[pair]) / points.tokens.shape[1] ** 0.5) ** 2
-    return out
-
-
-def _log_density(exact: Tensor, count: Tensor, neighbours: int) -> Tensor:
-    """[m] fp64 from squared distances to neighbours of which there are `count` copies each."""
-    exact, order = exact.sort(dim=1)
-    upto = count.gather(1, order).cumsum(1)
-    slot = torch.arange(neighbours, device=count.device).expand(len(upto), -1).contiguous()
-    return -exact.gather(1, torch.searchsorted(upto, slot, right=True)).mean(1)
-
-
+# -- away from what is denser ------------------------------------------------------------------------------------------
 def _delta(
     points: Points, near: Near, origin: Tensor | None, exact: Tensor, density: Tensor, head: Tensor, ties: str
 ) -> Tensor:
@@ -314,7 +328,7 @@ def _delta(
     # Among the neighbours that are known.
     denser = (rank[near.point] < below[rank, None]) & near.distance.isfinite()
     above = replace(near, distance=near.distance.where(denser, torch.inf))
-    exact = _measured(points, every, above, above.distance.amin(1), exact)
+    exact = points.measured(every, above, above.distance.amin(1), exact)
     delta = exact.where(denser, torch.inf).amin(1)
     # The others, among all that are denser.
     rest = rank[delta * channels > near.reach].sort().values
@@ -322,11 +336,11 @@ def _delta(
     if len(rest):
         ranked = replace(points, index=points.index[order], below=below)
         found = _search(ranked, rest, every, origin, 1)
-        delta[order[rest]] = _measured(ranked, rest, found, found.distance[:, 0]).amin(1)
+        delta[order[rest]] = ranked.measured(rest, found, found.distance[:, 0], None).amin(1)
     return delta
 
 
 def _largest(points: Points, near: Near, origin: Tensor | None) -> Tensor:
     """[1] the largest squared distance over C; fp32 says between whom."""
     one, every = near.farthest.argmax()[None], torch.arange(len(near.farthest), device=near.farthest.device)
-    return _squared_distances(points, one, _from_leaders(points, one, every, origin).argmax(1))
+    return points.apart(one, _from_leaders(points, one, every, origin).argmax(1))
