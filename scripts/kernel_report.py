@@ -157,6 +157,10 @@ def compose(module: Any) -> None:
     module.compose(one, one, 64)
 
 
+def nearest(module: Any, measure: str) -> None:
+    module.nearest(torch.empty(64, 3584, dtype=torch.bfloat16), torch.empty(188, 3584, dtype=torch.bfloat16), measure)
+
+
 def with_means(module: Any, dtype: torch.dtype) -> None:
     module.with_means(torch.empty(8, 196, 3584, dtype=dtype), torch.zeros(8, 196, dtype=torch.bool), [(0, 8)])
 
@@ -185,6 +189,9 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
     ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),
     ("compose", "64 tokens", compose),
+    ("nearest", "bf16, euclidean", lambda m: nearest(m, "euclidean")),
+    ("nearest", "bf16, cosine", lambda m: nearest(m, "cosine")),
+    ("retention_pool", "1024 tokens", lambda m: m.first_come(torch.ones(1024, 1024, dtype=torch.bool))),
     ("places", "32 frames", lambda m: m.places(torch.ones(32, 196, dtype=torch.bool), [196] * 32)),
     ("with_means", "bf16", lambda m: with_means(m, torch.bfloat16)),
     ("select_in_turn", "196 positions", lambda m: select_in_turn(m, 196)),

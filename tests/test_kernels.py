@@ -81,10 +81,10 @@ def test_the_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in KERNELS:
         assert dispatch.implementation(op, cpu) is implementation(op, "torch")
         assert dispatch.implementation(op, cuda) is implementation(op)
-    assert dispatch.implementation("nearest", cuda) is implementation("nearest", "torch")
+    assert dispatch.implementation("components", cuda) is implementation("components", "torch")
     monkeypatch.setenv("VIDCOMPRESS_OPS", "kernel")
     assert dispatch.implementation(KERNELS[0], cpu) is implementation(KERNELS[0])
-    assert dispatch.implementation("nearest", cpu) is implementation("nearest", "torch")
+    assert dispatch.implementation("components", cpu) is implementation("components", "torch")
     monkeypatch.setenv("VIDCOMPRESS_OPS", "torch")
     assert dispatch.implementation(KERNELS[0], cuda) is implementation(KERNELS[0], "torch")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -17,6 +19,11 @@ UNSURE = 1e-6
 
 
 def retention_pool(tokens: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
+    return pooled(tokens, order, threshold, size, first_come)
+
+
+def pooled(tokens: Tensor, order: Tensor, threshold: float, size: int, first: Callable[[Tensor], Tensor]) -> Tensor:
+    """The pool, `first` being `first_come` or as good."""
     pool = order.new_empty(0)  # [m]
     unit = torch.empty(0, tokens.shape[1], dtype=torch.float32, device=tokens.device)  # [room for m, C] normalised
     for block in order.split(BLOCK_TOKENS.get(tokens.device.type, 1024)):
@@ -24,10 +31,12 @@ def retention_pool(tokens: Tensor, order: Tensor, threshold: float, size: int) -
         if room <= 0:
             break
         x = tokens[block].float()  # [b, C]
-        length = x.norm(dim=-1, keepdim=True).clamp_min_(1e-30)  # the pool is normalised, but most tokens need not be
-        unlike = ~_reaches(tokens, block, x, length, pool, unit, threshold)
-        block, z = block[unlike], x[unlike] / length[unlike]
-        accepted = _first_come(_alike(tokens, block, z, threshold)).nonzero().squeeze(1)[:room]
+        length = x.norm(dim=-1, keepdim=True).clamp_min_(1e-30)
+        if len(pool):  # which is normalised, but most tokens need not be
+            unlike = (~_reaches(tokens, block, x, length, pool, unit, threshold)).nonzero().squeeze(1)
+            block, x, length = block[unlike], x[unlike], length[unlike]
+        z = x / length
+        accepted = first(_alike(tokens, block, z, threshold)).nonzero().squeeze(1)[:room]
         have, total = len(pool), len(pool) + len(accepted)
         if total > len(unit):
             unit = torch.cat([unit[:have], unit.new_empty(max(total, 2 * have) - have, unit.shape[1])])
@@ -58,8 +67,9 @@ def _alike(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor
     cosine = z @ z.T
     alike = cosine >= threshold
     near = ((cosine - threshold).abs() < UNSURE).tril_(-1)
-    rows, columns = near.any(1).nonzero().squeeze(1), near.any(0).nonzero().squeeze(1)
+    rows = near.any(1).nonzero().squeeze(1)
     if len(rows):
+        columns = near.any(0).nonzero().squeeze(1)
         alike[rows[:, None], columns] = _cosines(tokens, block[rows], block[columns]) >= threshold - ROUNDING
     return alike.tril_(-1)
 
@@ -70,7 +80,7 @@ def _cosines(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return a @ b.T
 
 
-def _first_come(alike: Tensor) -> Tensor:
+def first_come(alike: Tensor) -> Tensor:
     """[b] bool: accepted if no accepted earlier token is alike. All that can be decided is decided at once, in a few
     rounds: out is who is like an accepted one, in is who is like no undecided one.
     """
