@@ -113,6 +113,7 @@ def lists(module: Any) -> None:
     points = module.Points(torch.empty(2048, 3584, dtype=torch.bfloat16), every, every)
     near = points.scan(every, every, None, 15)
     points.bounds(near, 7)
+    points.settled(points.above(near, every, every)[0], near.distance.double(), every, every)
     exact = points.measured(every, near, near.reach, None)
     points.log_density(points.measured(every, near, near.reach, exact), near.point, every, 7)
     points.apart(every, points.hashes(points.tokens, every, every))
@@ -161,6 +162,11 @@ def nearest(module: Any, measure: str) -> None:
     module.nearest(torch.empty(64, 3584, dtype=torch.bfloat16), torch.empty(188, 3584, dtype=torch.bfloat16), measure)
 
 
+def retention_pool(module: Any) -> None:
+    tokens = torch.empty(1024, 3584, dtype=torch.bfloat16)
+    module.among(tokens, torch.arange(1024), tokens.float(), 0.8)
+
+
 def with_means(module: Any, dtype: torch.dtype) -> None:
     module.with_means(torch.empty(8, 196, 3584, dtype=dtype), torch.zeros(8, 196, dtype=torch.bool), [(0, 8)])
 
@@ -191,7 +197,7 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("compose", "64 tokens", compose),
     ("nearest", "bf16, euclidean", lambda m: nearest(m, "euclidean")),
     ("nearest", "bf16, cosine", lambda m: nearest(m, "cosine")),
-    ("retention_pool", "1024 tokens", lambda m: m.first_come(torch.ones(1024, 1024, dtype=torch.bool))),
+    ("retention_pool", "1024 tokens", retention_pool),
     ("places", "32 frames", lambda m: m.places(torch.ones(32, 196, dtype=torch.bool), [196] * 32)),
     ("with_means", "bf16", lambda m: with_means(m, torch.bfloat16)),
     ("select_in_turn", "196 positions", lambda m: select_in_turn(m, 196)),

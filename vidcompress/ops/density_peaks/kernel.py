@@ -109,6 +109,16 @@ class Points(tiled.Points):
         )  # fmt: skip
         return out
 
+    def above(self, near: tiled.Near, rank: Tensor, below: Tensor) -> tuple[tiled.Near, Tensor]:
+        return lists.above(near, rank, below)
+
+    def settled(self, above: tiled.Near, exact: Tensor, rank: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        return lists.settled(above, exact, rank, below, self.tokens.shape[1])
+
+    def largest(self, near: tiled.Near, origin: Tensor | None) -> Tensor:
+        every = torch.arange(len(self.index), device=self.index.device)
+        return self.apart(near.farthest.argmax().expand(len(every)).contiguous(), every).amax()[None]
+
     def log_density(self, exact: Tensor, point: Tensor, copies: Tensor, neighbours: int) -> Tensor:
         return lists.log_density(exact, point, copies, neighbours)
 

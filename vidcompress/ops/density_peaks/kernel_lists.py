@@ -7,6 +7,8 @@ for again and again.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -84,6 +86,29 @@ def log_density(exact: Tensor, point: Tensor, copies: Tensor, neighbours: int) -
         R=ROWS, W=triton.next_power_of_2(kept), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def above(near: tiled.Near, rank: Tensor, below: Tensor) -> tuple[tiled.Near, Tensor]:
+    """`tiled.Points.above`."""
+    count, kept = near.distance.shape
+    distance, closest = torch.empty(count, kept, device=rank.device), torch.empty(count, device=rank.device)
+    launch(
+        _above, (triton.cdiv(count, ROWS),), near.distance.contiguous(), near.point, rank, below, distance, closest,
+        count, kept, R=ROWS, W=triton.next_power_of_2(kept), num_warps=4,
+    )  # fmt: skip
+    return replace(near, distance=distance), closest
+
+
+def settled(near: tiled.Near, exact: Tensor, rank: Tensor, below: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """`tiled.Points.settled`."""
+    count, kept = near.distance.shape
+    delta = torch.empty(count, dtype=torch.float64, device=rank.device)
+    may = torch.empty(count, dtype=torch.bool, device=rank.device)
+    launch(
+        _settle, (triton.cdiv(count, ROWS),), near.distance, exact, near.reach, rank, below, delta, may.view(torch.uint8),
+        count, kept, channels, R=ROWS, W=triton.next_power_of_2(kept), num_warps=4,
+    )  # fmt: skip
+    return delta, may
 
 
 def hashes(tokens: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
@@ -179,6 +204,32 @@ def _estimate(exact, point, copies, out, count, kept, neighbours, R: tl.constexp
         left = tl.where(j[None, :] == first[:, None], left - 1, left)
         row = tl.where(left > 0, row, float("inf"))
     tl.store(out + i, -total / neighbours, mask=i < count)
+
+
+@triton.jit
+def _above(distance, point, rank, below, to_distance, closest, count, kept, R: tl.constexpr, W: tl.constexpr):
+    i, j = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, W)
+    at, inside = i[:, None] * kept + j[None, :], (i < count)[:, None] & (j < kept)[None, :]
+    row = tl.load(distance + at, mask=inside, other=float("inf"))
+    limit = tl.load(below + tl.load(rank + i, mask=i < count, other=0), mask=i < count, other=0)
+    there = inside & (row < float("inf"))
+    theirs = tl.load(rank + tl.load(point + at, mask=there, other=0), mask=there, other=0)
+    row = tl.where(there & (theirs < limit[:, None]), row, float("inf"))
+    tl.store(to_distance + at, row, mask=inside)
+    tl.store(closest + i, tl.min(row, 1), mask=i < count)
+
+
+@triton.jit
+def _settle(distance, exact, reach, rank, below, delta, may, count, kept, channels, R: tl.constexpr, W: tl.constexpr):
+    i, j = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, W)
+    at, inside = i[:, None] * kept + j[None, :], (i < count)[:, None] & (j < kept)[None, :]
+    denser = inside & (tl.load(distance + at, mask=inside, other=float("inf")) < float("inf"))
+    least = tl.min(tl.load(exact + at, mask=denser, other=float("inf")), 1)
+    mine = tl.load(rank + i, mask=i < count, other=0)
+    beyond = least * channels > tl.load(reach + i, mask=i < count, other=0.0).to(tl.float64)
+    beyond = beyond & (tl.load(below + mine, mask=i < count, other=0) > 0)
+    tl.store(delta + i, least, mask=i < count)
+    tl.store(may + mine, beyond.to(tl.uint8), mask=i < count)
 
 
 @triton.jit

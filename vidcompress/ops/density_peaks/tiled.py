@@ -106,6 +106,25 @@ class Points:
         out[pair] = (distance / self.tokens.shape[1] ** 0.5) ** 2
         return out
 
+    def above(self, near: Near, rank: Tensor, below: Tensor) -> tuple[Near, Tensor]:
+        """The lists without those that are not denser, points whose rank [m] is not below `below` [m, by rank], and [m]
+        the nearest that is left."""
+        denser = (rank[near.point] < below[rank, None]) & near.distance.isfinite()
+        above = replace(near, distance=near.distance.where(denser, torch.inf))
+        return above, above.distance.amin(1)
+
+    def settled(self, above: Near, exact: Tensor, rank: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        """[m] squared distance over C to the nearest listed denser point; and by rank [m] whether one that is not
+        listed may be nearer."""
+        delta = exact.where(above.distance.isfinite(), torch.inf).amin(1)
+        may = (delta * self.tokens.shape[1] > above.reach) & (below[rank] > 0)
+        return delta, torch.empty_like(may).scatter_(0, rank, may)
+
+    def largest(self, near: Near, origin: Tensor | None) -> Tensor:
+        """[1] the largest squared distance over C; fp32 says between whom."""
+        one, every = near.farthest.argmax()[None], torch.arange(len(self.index), device=self.index.device)
+        return self.apart(one, _from_leaders(self, one, every, origin).argmax(1))
+
     def log_density(self, exact: Tensor, point: Tensor, copies: Tensor, neighbours: int) -> Tensor:
         """[r] fp64 from squared distances [r, kept] to points of which there are `copies` [m]."""
         exact, order = exact.sort(dim=1)
@@ -164,21 +183,29 @@ def tiled_scores(
     every = torch.arange(len(first), device=tokens.device)
     near = _search(points, every, None, origin, neighbours)
     exact = points.measured(every, near, near.distance[:, min(neighbours, near.distance.shape[1]) - 1], None)
-    log_density = points.log_density(exact, near.point, count, min(neighbours, len(chosen)))[copies]  # [candidates]
-    if noise is not None:
-        log_density = (log_density.exp() + noise[chosen]).log()
-
+    density = points.log_density(exact, near.point, count, min(neighbours, len(chosen)))  # [m]
     # Of the copies of a token one is the densest, or the first; it alone can lie away from what is denser.
-    top = log_density.new_full((len(first),), -torch.inf).scatter_reduce_(0, copies, log_density, "amax")
-    highest = log_density == top[copies]
-    place = torch.arange(len(chosen), device=tokens.device).where(highest, len(chosen))
-    head = copies.new_full((len(first),), len(chosen)).scatter_reduce_(0, copies, place, "amin")
-    delta = _delta(points, near, origin, exact, top, head, ties)  # [m] squared
-    delta = delta.where(delta.isfinite(), _largest(points, near, origin))
+    head, highest = first, torch.ones((), dtype=torch.bool, device=tokens.device)
+    if noise is not None:
+        own = (density[copies].exp() + noise[chosen]).log()  # [candidates]
+        density = density.new_full((len(first),), -torch.inf).scatter_reduce_(0, copies, own, "amax")
+        highest = own == density[copies]
+        place = torch.arange(len(chosen), device=tokens.device).where(highest, len(chosen))
+        head = copies.new_full((len(first),), len(chosen)).scatter_reduce_(0, copies, place, "amin")
+    order = density.argsort(descending=True, stable=True)
+    if noise is not None:  # copies are no longer numbered by who comes first
+        order = head.argsort()
+        order = order[density[order].argsort(descending=True, stable=True)]
+    delta = _delta(points, near, origin, exact, density, order, ties)  # [m] squared
+    delta = delta.where(delta.isfinite(), points.largest(near, origin))
 
-    score = (log_density + 0.5 * delta[copies].log()).float().clamp_min(torch.finfo(torch.float32).min)
-    peak = highest if ties == "strict" else head[copies] == torch.arange(len(chosen), device=tokens.device)
-    out[chosen] = score.where(peak, torch.finfo(torch.float32).min)
+    lowest = torch.finfo(torch.float32).min
+    score = (density + 0.5 * delta.log()).float().clamp_min_(lowest)  # [m]
+    if ties == "strict":
+        out[chosen] = score[copies].where(highest, lowest)
+    else:
+        out[chosen] = lowest
+        out[chosen[head]] = score
     return out
 
 
@@ -314,33 +341,27 @@ def _from_leaders(points: Points, leaders: Tensor, columns: Tensor, origin: Tens
 
 # -- away from what is denser ------------------------------------------------------------------------------------------
 def _delta(
-    points: Points, near: Near, origin: Tensor | None, exact: Tensor, density: Tensor, head: Tensor, ties: str
+    points: Points, near: Near, origin: Tensor | None, exact: Tensor, density: Tensor, order: Tensor, ties: str
 ) -> Tensor:
-    """[m] squared distance over C to the nearest denser point, infinite where there is none."""
-    channels, every = points.tokens.shape[1], torch.arange(len(density), device=density.device)
-    # Numbered by density: what is denser than a point are then the points below a number.
-    order = head.argsort()
-    order = order[density[order].argsort(descending=True, stable=True)]
-    rank = torch.empty_like(order).scatter_(0, order, every)
-    falling = -density[order]
-    below = torch.searchsorted(falling, falling) if ties == "strict" else every  # [m] by rank
+    """[m] squared distance over C to the nearest denser point, infinite where there is none.
 
+    Args:
+        order: [m] the points, densest first: what is denser than a point are the points below a number.
+    """
+    every = torch.arange(len(density), device=density.device)
+    rank = torch.empty_like(order).scatter_(0, order, every)
+    below = every  # [m] by rank
+    if ties == "strict":
+        falling = -density[order]
+        below = torch.searchsorted(falling, falling)
     # Among the neighbours that are known.
-    denser = (rank[near.point] < below[rank, None]) & near.distance.isfinite()
-    above = replace(near, distance=near.distance.where(denser, torch.inf))
-    exact = points.measured(every, above, above.distance.amin(1), exact)
-    delta = exact.where(denser, torch.inf).amin(1)
+    above, closest = points.above(near, rank, below)
+    exact = points.measured(every, above, closest, exact)
+    delta, is_open = points.settled(above, exact, rank, below)
     # The others, among all that are denser.
-    rest = rank[delta * channels > near.reach].sort().values
-    rest = rest[below[rest] > 0]
+    rest = is_open.nonzero().squeeze(1)
     if len(rest):
         ranked = replace(points, index=points.index[order], below=below)
         found = _search(ranked, rest, every, origin, 1)
         delta[order[rest]] = ranked.measured(rest, found, found.distance[:, 0], None).amin(1)
     return delta
-
-
-def _largest(points: Points, near: Near, origin: Tensor | None) -> Tensor:
-    """[1] the largest squared distance over C; fp32 says between whom."""
-    one, every = near.farthest.argmax()[None], torch.arange(len(near.farthest), device=near.farthest.device)
-    return points.apart(one, _from_leaders(points, one, every, origin).argmax(1))

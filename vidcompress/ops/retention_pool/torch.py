@@ -19,11 +19,11 @@ UNSURE = 1e-6
 
 
 def retention_pool(tokens: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
-    return pooled(tokens, order, threshold, size, first_come)
+    return pooled(tokens, order, threshold, size, among)
 
 
-def pooled(tokens: Tensor, order: Tensor, threshold: float, size: int, first: Callable[[Tensor], Tensor]) -> Tensor:
-    """The pool, `first` being `first_come` or as good."""
+def pooled(tokens: Tensor, order: Tensor, threshold: float, size: int, among: Callable[..., Tensor]) -> Tensor:
+    """The pool, with `among` as below or as good."""
     pool = order.new_empty(0)  # [m]
     unit = torch.empty(0, tokens.shape[1], dtype=torch.float32, device=tokens.device)  # [room for m, C] normalised
     for block in order.split(BLOCK_TOKENS.get(tokens.device.type, 1024)):
@@ -36,7 +36,7 @@ def pooled(tokens: Tensor, order: Tensor, threshold: float, size: int, first: Ca
             unlike = (~_reaches(tokens, block, x, length, pool, unit, threshold)).nonzero().squeeze(1)
             block, x, length = block[unlike], x[unlike], length[unlike]
         z = x / length
-        accepted = first(_alike(tokens, block, z, threshold)).nonzero().squeeze(1)[:room]
+        accepted = among(tokens, block, z, threshold).nonzero().squeeze(1)[:room]
         have, total = len(pool), len(pool) + len(accepted)
         if total > len(unit):
             unit = torch.cat([unit[:have], unit.new_empty(max(total, 2 * have) - have, unit.shape[1])])
@@ -62,6 +62,11 @@ def _reaches(
     return reached
 
 
+def among(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor:
+    """[b] bool: who is accepted of a block of tokens that are unlike all before, normalised [b, C]."""
+    return _first_come(_alike(tokens, block, z, threshold))
+
+
 def _alike(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor:
     """[b, b] bool: which earlier tokens (columns) keep a token (row) out, once they are accepted themselves."""
     cosine = z @ z.T
@@ -80,7 +85,7 @@ def _cosines(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return a @ b.T
 
 
-def first_come(alike: Tensor) -> Tensor:
+def _first_come(alike: Tensor) -> Tensor:
     """[b] bool: accepted if no accepted earlier token is alike. All that can be decided is decided at once, in a few
     rounds: out is who is like an accepted one, in is who is like no undecided one.
     """
