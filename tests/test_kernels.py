@@ -17,8 +17,10 @@ pytest.importorskip("triton")
 
 import test_ops_density_peaks_tiled as peaks
 import test_ops_dpp_map as dpp
+import test_ops_nearest as anchors
+import test_ops_retention_pool as pools
 import torch
-from neartie import assert_same_choice
+from neartie import assert_same_argmax, assert_same_choice
 from test_ops import FINGERPRINTS, equal, examples, moved, poisoned_memory, rand, randn, slow
 from torch import Tensor
 
@@ -314,6 +316,71 @@ def test_picks_go_on_over_launches_and_groups(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "PANEL", 8)
     assert implementation("dpp_map")(*there((h, own)), [70, 60], [40, 7]).tolist() == want
     assert implementation("dpp_map")(*there((h[:0], own[:0])), [], []).tolist() == []
+
+
+# -- nearest, retention_pool, compose, places --------------------------------------------------------------------------
+@anchors.measures
+@pytest.mark.parametrize("case", anchors.CASES)
+def test_the_nearest_anchor_is_that_of_the_definition(case: str, measure: str) -> None:
+    tokens, others = anchors.CASES[case]()
+    got = implementation("nearest")(tokens.to(DEVICE), others.to(DEVICE), measure).cpu()
+    want = implementation("nearest", "naive")(tokens, others, measure)
+    if not torch.equal(got, want):  # sums of fp64 in another order
+        assert_same_argmax(got, want, anchors.scores(tokens, others, measure), tolerance=1e-12)
+
+
+def test_the_nearest_anchor_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidcompress.ops.nearest import kernel
+
+    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 37 * 50)
+    test_the_nearest_anchor_is_that_of_the_definition("still 0.000001", "euclidean")
+
+
+@pytest.mark.parametrize("block", [40, 1024])
+@pytest.mark.parametrize("threshold", [0.5, 0.95, 1.0, 1.1])
+@pytest.mark.parametrize("case", pools.TOKENS)
+def test_the_pool_is_that_of_the_definition(
+    case: str, threshold: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools.FAST, "BLOCK_TOKENS", {DEVICE.type: block})
+    tokens = pools.TOKENS[case]()
+    order = pools.shuffled(len(tokens))
+    want = pools.NAIVE.retention_pool(tokens, order, threshold, len(tokens))
+    with poisoned_memory():
+        got = implementation("retention_pool")(tokens.to(DEVICE), order.to(DEVICE), threshold, len(tokens))
+    assert got.tolist() == want.tolist()
+
+
+def test_a_pool_of_hard_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools.FAST, "retention_pool", implementation("retention_pool"))
+    pools.test_a_chain_takes_as_many_rounds_as_it_has_links()
+    pools.test_fp32_does_not_decide_what_is_close("in one block", monkeypatch)
+
+
+def test_maps_composed_are_those_of_the_definition() -> None:
+    def drawn_map(n: int, k: int, triplets: int, seed: int) -> tuple[Tensor, ...]:
+        keep = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].sort().values
+        slot, source = (rand(triplets, seed=seed + i) for i in (1, 2))
+        return keep, (slot * k * 0.7).long(), (source * n).long(), rand(triplets, seed=seed + 3)
+
+    for triplets in (0, 1, 60):
+        for late in (0, 1, 50):
+            first, second = drawn_map(90, 40, triplets, 1), drawn_map(40, 15, late, 9)
+            with poisoned_memory():
+                got = implementation("compose")(*there((first, second)), 90)
+            want = implementation("compose", "naive")(first, second, 90)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a.cpu(), b, atol=1e-6, rtol=1e-6)
+            fast = implementation("compose", "torch")(first, second, 90)
+            assert all(torch.equal(a, b.cpu()) for a, b in zip(fast, got, strict=True))
+
+
+def test_marks_of_long_rows_and_of_none() -> None:
+    marks = rand(3, 2500, seed=4) > 0.6
+    marks[1] = False
+    got = implementation("places")(marks.to(DEVICE), marks.sum(1).tolist())
+    assert got.tolist() == marks.flatten().nonzero().squeeze(1).tolist()
+    assert implementation("places")(marks[1:2].to(DEVICE), [0]).tolist() == []
 
 
 # -- cosine_fingerprint ------------------------------------------------------------------------------------------------

@@ -105,8 +105,8 @@ def settled(near: tiled.Near, exact: Tensor, rank: Tensor, below: Tensor, channe
     delta = torch.empty(count, dtype=torch.float64, device=rank.device)
     may = torch.empty(count, dtype=torch.bool, device=rank.device)
     launch(
-        _settle, (triton.cdiv(count, ROWS),), near.distance, exact, near.reach, rank, below, delta, may.view(torch.uint8),
-        count, kept, channels, R=ROWS, W=triton.next_power_of_2(kept), num_warps=4,
+        _settle, (triton.cdiv(count, ROWS),), near.distance, exact, near.reach, rank, below,
+        delta, may.view(torch.uint8), count, kept, channels, R=ROWS, W=triton.next_power_of_2(kept), num_warps=4,
     )  # fmt: skip
     return delta, may
 

@@ -71,7 +71,7 @@ def _compare(
             theirs += tl.sum(b * b, 1)
         mine, theirs = tl.maximum(tl.sqrt(mine), 1e-30), tl.maximum(tl.sqrt(theirs), 1e-30)
         exact = total / mine[:, None] / theirs[None, :]
-        like = tl.where(near, exact - threshold.to(tl.float64) >= rest.to(tl.float64), like)
+        like = tl.where(near, exact - threshold >= rest, like)
     tl.store(alike + at, (like & pair).to(tl.uint8), mask=(i < count)[:, None] & (j < count)[None, :])
 
 
