@@ -195,6 +195,7 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
     ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),
     ("compose", "64 tokens", compose),
+    ("mean_triplets", "32 frames", lambda m: m.mean_triplets(torch.ones(32, 196, dtype=torch.bool), [(0, 8), (8, 32)])),
     ("nearest", "bf16, euclidean", lambda m: nearest(m, "euclidean")),
     ("nearest", "bf16, cosine", lambda m: nearest(m, "cosine")),
     ("retention_pool", "1024 tokens", retention_pool),

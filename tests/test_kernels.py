@@ -375,6 +375,22 @@ def test_maps_composed_are_those_of_the_definition() -> None:
             assert all(torch.equal(a, b.cpu()) for a, b in zip(fast, got, strict=True))
 
 
+def test_means_as_triplets_are_the_tokens_with_means() -> None:
+    tokens, replaced = randn(9, 7, 5), rand(9, 7, seed=2) > 0.6
+    replaced[4] = False
+    segments = [(0, 3), (3, 4), (4, 9)]
+    want = ops.with_means(tokens, replaced, segments).flatten(0, 1)
+    to, source, weight = (x.cpu() for x in implementation("mean_triplets")(replaced.to(DEVICE), segments))
+    got = tokens.flatten(0, 1).clone()
+    got[to.unique()] = 0
+    got.index_add_(0, to, weight[:, None] * tokens.flatten(0, 1)[source])
+    torch.testing.assert_close(got, want)
+    got = implementation("with_means")(tokens.to(DEVICE), replaced.to(DEVICE), segments).cpu().flatten(0, 1)
+    torch.testing.assert_close(got, want)
+    none = implementation("mean_triplets")(torch.zeros_like(replaced, device=DEVICE), segments)
+    assert [len(x) for x in none] == [0, 0, 0]
+
+
 def test_marks_of_long_rows_and_of_none() -> None:
     marks = rand(3, 2500, seed=4) > 0.6
     marks[1] = False

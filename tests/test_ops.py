@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from neartie import assert_same_argmax, assert_same_choice, gap
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -136,6 +135,7 @@ def examples() -> dict[str, tuple[Any, ...]]:
         "density_peaks": (tokens, rand(6, 15) > 0.3, 4),
         "dpp_map": (tokens.flatten(0, 1), rand(90), (30, 45, 15), (10, 20, 15)),
         "farthest_points": (tokens.flatten(0, 1), 20),
+        "mean_triplets": (rand(6, 15) > 0.7, [(0, 2), (2, 3), (3, 6)]),
         "merge": (
             tokens.flatten(0, 1),
             torch.tensor([2, 5, 7, 80]),

@@ -66,7 +66,6 @@ class InfoMerge(Method):
         again, count = self._penalised(attention), torch.tensor(picks)
         picked, replaced = ops.select_in_turn(attention, again, segments, static, count)  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
-        index = torch.arange(t * p, device=x.device).view(t, p)
         anchor, parts = torch.zeros_like(picked), []
         for _, several in groupby(segments, lambda span: span[0] // GROUP_FRAMES):
             start, end = (group := [*several])[0][0], group[-1][1]
@@ -83,7 +82,8 @@ class InfoMerge(Method):
         keep = ops.places(picked | anchor, [a + b for a, b in zip(picks, anchors, strict=True)])
         kept = Reduction.merging(keep, t * p, parts)
         notes = {"segments": segments, "weights": weights, "salient": picks, "anchors": anchors}
-        return replace(_segment_means(replaced, segments, index).then(kept), notes=notes)
+        means = Reduction.merging(torch.arange(t * p, device=x.device), t * p, [ops.mean_triplets(replaced, segments)])
+        return replace(means.then(kept), notes=notes)
 
     def _static_positions(self, x: Tensor, segments: Segments) -> Tensor:
         """[K, P] bool; none in a segment of one frame, where nothing can repeat."""
@@ -132,15 +132,3 @@ def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: T
     chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
     chosen[own] = ops.select_in_turn(rank, rank - p, rows, static, several)[0]
     return chosen
-
-
-def _segment_means(replaced: Tensor, segments: Segments, index: Tensor) -> Reduction:
-    """The map that puts its segment's mean in place of every replaced token."""
-    spans = torch.tensor([span for span in segments for _ in range(*span)], device=index.device)  # [T, 2]
-    frame, position = replaced.nonzero(as_tuple=True)
-    start, end = spans[frame].T
-    each = end - start
-    token = torch.arange(len(frame), device=index.device).repeat_interleave(each)
-    step = torch.arange(len(token), device=index.device) - (each.cumsum(0) - each)[token]
-    mean = (index[frame, position][token], index[start[token] + step, position[token]], 1 / each[token].float())
-    return Reduction.merging(index.flatten(), index.numel(), [mean])

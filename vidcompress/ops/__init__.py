@@ -22,6 +22,7 @@ from vidcompress.ops.farthest_points import farthest_points
 from vidcompress.ops.frame_change import frame_change
 from vidcompress.ops.linkage import linkage
 from vidcompress.ops.max_cosine import max_cosine
+from vidcompress.ops.mean_triplets import mean_triplets
 from vidcompress.ops.merge import merge
 from vidcompress.ops.minmax import minmax
 from vidcompress.ops.nearest import nearest
@@ -58,6 +59,7 @@ __all__ = [
     "frame_change",
     "linkage",
     "max_cosine",
+    "mean_triplets",
     "merge",
     "minmax",
     "nearest",
