@@ -148,8 +148,8 @@ def as_on_a_gpu(seen: list[Seen]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="fastvid,infomerge,unified_pool", help="names, between commas")
-    parser.add_argument("--grid", default="32x6x6", help="frames x rows x columns of tokens")
-    parser.add_argument("--channels", type=int, default=256, help="only the spectral entropy's launches depend on them")
+    parser.add_argument("--grid", default="32x9x9", help="frames x rows x columns of tokens")
+    parser.add_argument("--channels", type=int, default=512, help="only the spectral entropy's launches depend on them")
     parser.add_argument("--retention", type=float, default=0.1)
     parser.add_argument("--where", action="store_true", help="say from which line, too")
     options = parser.parse_args()
