@@ -72,7 +72,22 @@ def evaluation() -> dict[str, Rows]:
         results, name = Results.load(path), path.stem.removeprefix("tinyqa-")
         found |= {f"accuracy {name}": accuracy_rows(results), f"types {name}": type_rows(results, 0.1)}
         found |= {f"kept {name}": kept_rows(results), f"cost {name}": cost_rows(results, 0.1)}
-    return found
+    return found | seeds()
+
+
+def seeds() -> dict[str, Rows]:
+    """Those of docs/evaluation.md about models trained alike but for their seed, with and without drops."""
+    from vidcompress.eval.results import Results
+    from vidcompress.eval.trainings import agreement_rows, common_types, method_rows, plain_rows
+
+    folder = RESULTS / "seeds"
+    trained = {
+        name: [Results.load(path) for path in sorted(folder.glob(f"tinyqa-{name.replace(' ', '-')}-*.json"))]
+        for name in ("without drops", "with drops")
+    }
+    types = {"all but count": [kind for kind in common_types(trained) if kind != "count"], "count": ["count"]}
+    tables = {"seeds plain": plain_rows(trained), "seeds agreement": agreement_rows(trained)}
+    return tables | {f"seeds {ratio:.0%}": method_rows(trained, ratio, types) for ratio in (0.1, 0.05)}
 
 
 def benchmarks() -> dict[str, Rows]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vidcompress
-from vidcompress.eval import asking, checkpoints, run, tables
+from vidcompress.eval import asking, checkpoints, run, tables, trainings
 from vidcompress.eval.results import Results, Run
 from vidcompress.eval.suites import load_suite
 from vidcompress.video import Video, prepare_inputs
@@ -227,3 +227,33 @@ def test_tables_and_plot(tmp_path):
     assert tables.headline(found) == "uncompressed 100.0 ±0.0 % over 2 types"
     tables.plot(found, tmp_path / "folder" / "accuracy.png")
     assert (tmp_path / "folder" / "accuracy.png").stat().st_size > 10_000
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+def trained(*choices: str) -> Results:
+    """A model that answers all of "a" but only half of "b" uncompressed, and so under methods x, y, z."""
+    runs = [one(name, 0.5, own) for name, own in zip("xyz", choices, strict=True)]
+    return results(one("none", 1.0, "01110111"), *runs)
+
+
+def test_seeds_in_tables():
+    # Right answers to "a" of four: x 4, y 2, z 0 and x 4, y 4, z 0; and the other training: x 0, y 2, z 4 twice.
+    first = [trained("01010101", "01111011", "10101010"), trained("01010101", "01010101", "10101010")]
+    second = [trained("10101010", "01111011", "01010101"), trained("10101010", "01111011", "01010101")]
+    both = {"one": first, "two": second}
+    assert trainings.common_types(both) == ["a"]
+    header, rows = trainings.plain_rows(both)
+    assert header == ("training", "a", "b")
+    assert rows == [("one", "100.0 ±0.0", "50.0 ±0.0"), ("two", "100.0 ±0.0", "50.0 ±0.0")]
+    header, rows = trainings.method_rows(both, 0.5, {"all": ["a"], "rest": ["b"]})
+    assert header == ("method", "all, one", "all, two", "rest, one", "rest, two")
+    assert [row[:3] for row in rows] == [
+        ("x", "100.0 ±0.0", "0.0 ±0.0"), ("y", "75.0 ±35.4", "50.0 ±0.0"), ("z", "0.0 ±0.0", "100.0 ±0.0")
+    ]  # fmt: skip
+    header, rows = trainings.agreement_rows(both)
+    assert header == ("pairs of models", "50%") and [row[0] for row in rows] == ["one", "two", "one against two"]
+    tied = math.sqrt(3) / 2  # ranks 2 1 0 against 1.5 1.5 0
+    assert rows[0][1] == f"{tied:.2f} ({tied:.2f} to {tied:.2f})" and rows[1][1].startswith("1.00")
+    assert rows[2][1].endswith(f"(-1.00 to {-tied:.2f})")
+    with pytest.raises(ValueError, match="not asked under x at 20%"):
+        trainings.method_rows(both, 0.2, {"all": ["a"]})
