@@ -40,7 +40,8 @@ class UnifiedPool(Method):
         # 3. Each recycled token joins the nearest density peak, a peak its own; a cluster becomes its mean (eq. 3-4).
         count = budget - len(pool)
         member, joined = ops.density_clusters(x, count, self.neighbours, self.density_ties, recycled)
-        centre = member[joined == member]
-        weight = 1 / joined.bincount(minlength=len(x))[joined].float()
+        centre = member[ops.places((joined == member)[None], [count])]
+        size = torch.zeros(len(x), device=x.device).index_add_(0, joined, torch.ones(len(joined), device=x.device))
+        weight = 1 / size[joined]
         keep, notes = torch.cat([pool, centre]).sort().values, {"pool": pool, "centres": centre}
         return Reduction.merging(keep, len(x), [(joined, member, weight)], notes)

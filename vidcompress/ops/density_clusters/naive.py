@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.nearest import nearest
+from vidcompress.ops.places import places
 from vidcompress.ops.top_tokens import top_tokens
 
 
@@ -31,6 +32,6 @@ def density_clusters(
     taken = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device) if candidates is None else candidates
     peaks = density_peaks(tokens[None], taken[None], neighbours, ties)
     is_centre = top_tokens(peaks, count)[0]
-    member, centre = taken.nonzero().squeeze(1), is_centre.nonzero().squeeze(1)
+    member, centre = taken.nonzero().squeeze(1), places(is_centre[None], [count])
     joined = centre[nearest(tokens[member], tokens[centre], "euclidean")]
     return member, torch.where(is_centre[member], member, joined)

@@ -197,10 +197,9 @@ def tiled_scores(
         order = head.argsort()
         order = order[density[order].argsort(descending=True, stable=True)]
     delta = _delta(points, near, origin, exact, density, order, ties)  # [m] squared
-    delta = delta.where(delta.isfinite(), points.largest(near, origin))
-
+    largest = points.largest(near, origin)  # [1]
     lowest = torch.finfo(torch.float32).min
-    score = (density + 0.5 * delta.log()).float().clamp_min_(lowest)  # [m]
+    score = (density + 0.5 * delta.where(delta < torch.inf, largest).log()).float().clamp_min_(lowest)  # [m]
     if ties == "strict":
         out[chosen] = score[copies].where(highest, lowest)
     else:

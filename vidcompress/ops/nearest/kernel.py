@@ -12,13 +12,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
 from vidcompress.ops.nearest.torch import NOISE
 
 CHUNK_ELEMENTS = 64 << 20
 """Products, and fp32 copies of tokens, that exist at once."""
+
+ROWS = 64 if UPCAST else 4
+"""Tokens of a program: the interpreter takes as long for few as for many."""
 
 ROUNDING = 4
 """Products may be rounded by so much more than those that torch.py's bound was measured on."""
@@ -29,25 +31,53 @@ def nearest(tokens: Tensor, anchors: Tensor, measure: Literal["euclidean", "cosi
     out = torch.empty(len(tokens), dtype=torch.long, device=tokens.device)
     # Distances do not change when a common vector is taken off all, and the expanded square then cancels far less.
     centre = anchors.mean(0, dtype=torch.float64) if measure == "euclidean" else None
-    y = _placed(anchors, centre)
-    size = y.norm(dim=1)
+    y, size = placed(anchors, centre)
     step = max(1, CHUNK_ELEMENTS // max(channels, len(anchors)))
     for start in range(0, len(tokens), step):
         part = tokens[start : start + step]
-        x = _placed(part, centre)
-        rows = 64 if UPCAST else 4
+        x, length = placed(part, centre)
         launch(
-            _choose, (triton.cdiv(len(part), rows),), part, anchors, x, x @ y.T, size, out[start:],
+            _choose, (triton.cdiv(len(part), ROWS),), part, anchors, x @ y.T, length, size, out[start:],
             len(part), len(anchors), channels, part.stride(0), ROUNDING * NOISE[torch.float32] * channels**0.5,
-            COSINE=centre is None, R=rows, BN=16, BK=32, num_warps=4,
+            COSINE=centre is None, R=ROWS, BN=32, BK=16, num_warps=4,
         )  # fmt: skip
     return out
 
 
-def _placed(vectors: Tensor, centre: Tensor | None) -> Tensor:
-    """fp32: as seen from the centre, or of length 1."""
-    exact = vectors if vectors.dtype == torch.float64 else vectors.float()
-    return (normalize(exact, dim=1, eps=1e-30) if centre is None else exact - centre.to(exact.dtype)).float()
+def placed(vectors: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[n, C] fp32 as seen from the centre, or of length 1; and [n] how long they are."""
+    x = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
+    length = torch.empty(len(vectors), dtype=torch.float32, device=vectors.device)
+    launch(
+        _place, (triton.cdiv(len(vectors), ROWS),), vectors, vectors if centre is None else centre, x, length,
+        len(vectors), vectors.shape[1], vectors.stride(0), CENTRED=centre is not None, R=ROWS, BK=256, num_warps=4,
+    )  # fmt: skip
+    return x, length
+
+
+@triton.jit
+def _place(vectors, centre, out, length, n, channels, stride, CENTRED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    square = tl.full((R,), 0.0, tl.float32)
+    for start in range(0, channels, BK):
+        k = start + tl.arange(0, BK)
+        inside = (i < n)[:, None] & (k < channels)[None, :]
+        x = tl.load(vectors + i[:, None] * stride + k[None, :], mask=inside, other=0.0)
+        if CENTRED:
+            x = (x.to(tl.float64) - tl.load(centre + k, mask=k < channels, other=0.0)[None, :]).to(tl.float32)
+            x = tl.where(inside, x, 0.0)
+            tl.store(out + i[:, None] * channels + k[None, :], x, mask=inside)
+        x = x.to(tl.float32)
+        square += tl.sum(x * x, 1)
+    size = tl.sqrt_rn(square)
+    if not CENTRED:
+        for start in range(0, channels, BK):
+            k = start + tl.arange(0, BK)
+            inside = (i < n)[:, None] & (k < channels)[None, :]
+            x = tl.load(vectors + i[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + i[:, None] * channels + k[None, :], x / tl.maximum(size, 1e-30)[:, None], mask=inside)
+        size = tl.where(size > 0, 1.0, 0.0)
+    tl.store(length + i, size, mask=i < n)
 
 
 @triton.jit
@@ -70,18 +100,37 @@ def _tile(base, place, valid, k, channels, stride):
 
 
 @triton.jit
+def _exact(
+    tokens, anchors, i, j, n, count, channels, stride,
+    COSINE: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """[R, BN] fp64 minus the cosine, or the squared distance, by the words of the definition."""
+    total = tl.full((R, BN), 0.0, tl.float64)
+    mine, theirs = tl.full((R,), 0.0, tl.float64), tl.full((BN,), 0.0, tl.float64)
+    for start in range(0, channels, BK):
+        k = start + tl.arange(0, BK)
+        a = _tile(tokens, i, i < n, k, channels, stride)
+        b = _tile(anchors, j, j < count, k, channels, channels)
+        if COSINE:
+            total -= tl.sum(a[:, None, :] * b[None, :, :], 2)
+            mine += tl.sum(a * a, 1)
+            theirs += tl.sum(b * b, 1)
+        else:
+            step = a[:, None, :] - b[None, :, :]
+            total += tl.sum(step * step, 2)
+    if COSINE:
+        mine, theirs = tl.maximum(tl.sqrt(mine), 1e-30), tl.maximum(tl.sqrt(theirs), 1e-30)
+        total = total / mine[:, None] / theirs[None, :]
+    return total
+
+
+@triton.jit
 def _choose(
-    tokens, anchors, x, product, size, out, n, count, channels, stride, unit,
+    tokens, anchors, product, lengths, size, out, n, count, channels, stride, unit,
     COSINE: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * R + tl.arange(0, R)
-    square = tl.full((R,), 0.0, tl.float32)
-    for start in range(0, channels, BK):
-        k = start + tl.arange(0, BK)
-        inside = (i < n)[:, None] & (k < channels)[None, :]
-        own = tl.load(x + i.to(tl.int64)[:, None] * channels + k[None, :], mask=inside, other=0.0)
-        square += tl.sum(own * own, 1)
-    length = tl.sqrt_rn(square)
+    length = tl.load(lengths + i, mask=i < n, other=0.0)
     limit = tl.full((R,), float("inf"), tl.float32)
     for first in range(0, count, BN):
         j = first + tl.arange(0, BN)
@@ -103,25 +152,7 @@ def _choose(
             score, noise = _scores(product, length, size, i, j, n, count, unit, COSINE)
             can = (score - noise <= limit[:, None]) & (j < count)[None, :] & doubt[:, None]
             if tl.max(tl.max(can.to(tl.int32), 1), 0) > 0:
-                total = tl.full((R, BN), 0.0, tl.float64)
-                mine, theirs = tl.full((R,), 0.0, tl.float64), tl.full((BN,), 0.0, tl.float64)
-                for start in range(0, channels, BK):
-                    k = start + tl.arange(0, BK)
-                    a, b = (
-                        _tile(tokens, i, i < n, k, channels, stride),
-                        _tile(anchors, j, j < count, k, channels, channels),
-                    )
-                    if COSINE:
-                        total += tl.sum(a[:, None, :] * b[None, :, :], 2)
-                        mine += tl.sum(a * a, 1)
-                        theirs += tl.sum(b * b, 1)
-                    else:
-                        step = a[:, None, :] - b[None, :, :]
-                        total += tl.sum(step * step, 2)
-                if COSINE:
-                    total = (
-                        -total / tl.maximum(tl.sqrt(mine), 1e-30)[:, None] / tl.maximum(tl.sqrt(theirs), 1e-30)[None, :]
-                    )
+                total = _exact(tokens, anchors, i, j, n, count, channels, stride, COSINE, R, BN, BK)
                 total = tl.where(can, total, float("inf"))
                 least = tl.min(total, 1)
                 name = tl.min(tl.where(total == least[:, None], j[None, :], 2147483647), 1)
