@@ -46,7 +46,7 @@ def _score(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str, noise
     launch(
         _densities, grid, tokens, distance, square, candidates, square if noise is None else noise, density, largest,
         n, channels, neighbours, tokens.stride(0), tokens.stride(1),
-        CLOSE=CLOSE, NOISY=noise is not None, BN=16, BK=32, **tile,
+        CLOSE=CLOSE, NOISY=noise is not None, BN=32, BK=16, **tile,
     )  # fmt: skip
     launch(
         _peaks, grid, distance, candidates, density, largest, out, n,
