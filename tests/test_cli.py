@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -216,11 +217,34 @@ def test_eval(vidcompress, tmp_path):
         (["--retention", "half"], "--retention must be numbers"),
         (["--retention", "1.0,0"], "retention ratio 0.0 is not in"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--out", "/proc/no/results.json"], "--out /proc/no/results.json cannot be written"),
+        (["--plot", "/"], "--plot / is a folder"),
     ],
 )
 def test_eval_refuses(arguments, message, vidcompress):
     code, _, err = vidcompress("eval", "--clips", 1, *arguments)
     assert code == 2 and message in err
+
+
+def test_bench_refuses_what_cannot_be_written(vidcompress):
+    code, _, err = vidcompress("bench", "--methods", "random", "--out", "/proc/no/bench.json")
+    assert code == 2 and "--out /proc/no/bench.json cannot be written" in err
+
+
+def test_a_checkpoint_without_processor_is_refused_before_its_weights(vidcompress, checkpoint, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    code, _, err = vidcompress("eval", "--clips", 1, "--model", folder)
+    assert code == 2 and "bare has no processor that can be loaded" in " ".join(err.split())
+
+
+def test_a_model_that_guesses_is_not_judged(vidcompress, checkpoint, tmp_path):
+    """Random weights."""
+    command = ["eval", "--clips", 8, "--model", checkpoint, "--methods", "random", "--retention", ".1"]
+    code, _, err = vidcompress(*command, "--out", tmp_path / "found.json")
+    assert code == 2 and "compression cannot be judged" in " ".join(err.split())
+    assert len(json.loads((tmp_path / "found.json").read_text())["runs"]) == 1
 
 
 def test_traceback_on_demand(vidcompress):

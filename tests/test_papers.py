@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 from pathlib import Path
@@ -195,6 +196,9 @@ def test_options_of_the_scripts(tmp_path):
     script = str(SCRIPTS / "infomerge.sh")
     assert "usage:" in subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True).stdout
     assert subprocess.run(["bash", script, "--wrong"], capture_output=True).returncode == 2
+    for arguments, more in ((["no-such-row"], {}), (["--dry-run"], {"TASKS": "videomm"})):
+        nothing = subprocess.run(["bash", script, *arguments], env=os.environ | more, capture_output=True, text=True)
+        assert nothing.returncode == 1 and "no row matches" in nothing.stderr and nothing.stdout == ""
 
 
 def test_a_run_without_results_stops_the_script_and_one_with_results_is_not_repeated(tmp_path):

@@ -29,6 +29,9 @@ for argument in "$@"; do
     esac
 done
 
+matched=0
+trap '[ $? -ne 0 ] || [ $matched -gt 0 ] || { echo "no row matches $pattern${TASKS:+ with a task of $TASKS}; --dry-run lists all" >&2; exit 1; }' EXIT
+
 # run NAME CHECKPOINT FRAMES TASKS [SETTINGS]
 run() {
     local name=$1 folder=${RESULTS:-results}/$1 tasks=$4 arguments
@@ -36,6 +39,7 @@ run() {
     case $name in $pattern) ;; *) return 0 ;; esac
     [ -z "${TASKS:-}" ] || tasks=$(comm -12 <(tr , '\n' <<< "$4" | sort) <(tr , '\n' <<< "$TASKS" | sort) | paste -sd,)
     [ -n "$tasks" ] || return 0
+    matched=1
     arguments="pretrained=$2,max_num_frames=$3,record=$folder/record${5:+,$5}${MODEL_ARGS:+,$MODEL_ARGS}"
     local command=(${LAUNCH:-python} -m lmms_eval --model vidcompress --model_args "$arguments" --tasks "$tasks")
     command+=(--batch_size "${BATCH:-1}" --log_samples --output_path "$folder/${tasks//,/+}")

@@ -33,6 +33,7 @@ def bench(
     from vidcompress import bench as benchmark
     from vidcompress.profiling import save
 
+    _check_outputs(output, picture)
     sides = [sides_of(grid) for grid in grids.split(",")]
     names = None if methods == "all" else methods.split(",")
     before = torch.get_num_threads()
@@ -81,6 +82,7 @@ def evaluate(
 
     ratios = _ratios(retention)
     names = run.choose(methods)
+    _check_outputs(output, picture)
     options = loading_options(device, dtype, attn)
     if threads:
         torch.set_num_threads(threads)
@@ -149,6 +151,15 @@ def table(
             print(f"- {note}")
     for reason in left_out:
         err.print(f"left out: {reason}", markup=False, soft_wrap=True)
+
+
+def _check_outputs(output: Path | None, picture: Path | None) -> None:
+    """Refuses what cannot be written before any work; folders are made."""
+    from vidcompress.report.output import try_output
+
+    for option, path in (("--out", output), ("--plot", picture)):
+        if path is not None:
+            try_output(option, path, make_folder=True)
 
 
 def _ratios(text: str) -> list[float]:

@@ -62,7 +62,8 @@ def loading_options(device: str | None, dtype: str, attn: str | None) -> dict[st
 
 
 def load_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and processor; ValueError for a backbone that is not supported, before its weights are read."""
+    """Model and processor; ValueError, before any weights are read, for a backbone that is not supported and for a
+    checkpoint without a processor."""
     ensure_torchvision()
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -73,5 +74,8 @@ def load_model(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     with err.status(f"loading {name}"):
         config = AutoConfig.from_pretrained(name)
         patches.find(config)  # an unsupported backbone is refused before its weights are read
-        network = AutoModelForImageTextToText.from_pretrained(name, config=config, **options).eval()
-        return network, AutoProcessor.from_pretrained(name)
+        try:
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} has no processor that can be loaded: {error}") from error
+        return AutoModelForImageTextToText.from_pretrained(name, config=config, **options).eval(), processor

@@ -14,7 +14,7 @@ import transformers
 import vidcompress
 from vidcompress.config import load
 from vidcompress.eval.asking import Sheet, ask, prepare
-from vidcompress.eval.results import Results, Run, empty_results
+from vidcompress.eval.results import COUNTED, Results, Run, empty_results
 from vidcompress.eval.suites import load_suite
 from vidcompress.method import Pipeline, list_methods
 from vidcompress.profiling import machine
@@ -67,7 +67,8 @@ def evaluate(
 
     Raises:
         ValueError: what `load_suite`, `prepare` or the engine refuse, a ratio outside (0, 1], a model that is
-            compressed already, or a file with results of another suite, model or schema.
+            compressed already, one that can answer no type of question, or a file with results of another suite, model
+            or schema.
     """
     if vidcompress.handle_of(model) is not None:
         raise ValueError("the model is compressed already; hand over the plain one, or call handle.remove() first")
@@ -88,6 +89,20 @@ def evaluate(
             if out is not None:
                 results.save(out)
             yield results, results.runs[-1]
+        if method == NONE:
+            _refuse_guessing(results)
+
+
+def _refuse_guessing(results: Results) -> None:
+    if results.counted():
+        return
+    plain = results.find(NONE, 1.0)
+    assert plain is not None
+    share, best = max((results.accuracy(plain, [kind])[0], kind) for kind in set(results.types))
+    raise ValueError(
+        f"uncompressed, {results.model['name']} is right in {share:.0%} of {best!r}, its best type of question; "
+        f"where it does not reach {COUNTED:.0%} compression cannot be judged"
+    )
 
 
 def _acts_on_prompts(name: str) -> bool:

@@ -15,18 +15,30 @@ def check_outputs(page: Path, picture: Path | None) -> None:
             known format.
         OSError: a path cannot be written.
     """
-    _try("--out", page)
+    try_output("--out", page)
     if picture is None:
         return
     if picture.suffix.lower() not in FORMATS:
         raise ValueError(f"--png {picture}: its ending says the format; accepted: {', '.join(FORMATS)}")
     if picture.resolve() == page.resolve():
         raise ValueError(f"--out and --png are both {page}; give two names")
-    _try("--png", picture)
+    try_output("--png", picture)
 
 
-def _try(option: str, path: Path) -> None:
+def try_output(option: str, path: Path, make_folder: bool = False) -> None:
+    """Tries whether a file can be written, leaving what is there as it is.
+
+    Args:
+        option: what asked for it, for the message.
+        make_folder: a missing folder is made, instead of being refused.
+
+    Raises:
+        ValueError: the path is a folder, or its folder is missing.
+        OSError: it cannot be written.
+    """
     try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise ValueError(f"{option} {path} is a folder; accepted: the name of a file")
         if not path.parent.is_dir():

@@ -33,7 +33,7 @@ def among(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor:
     )  # fmt: skip
     launch(
         _first_come, (min(1, count),), alike, accepted.view(torch.uint8), count,
-        R=32, B=max(32, triton.next_power_of_2(count)), num_warps=8,
+        R=32, B=max(32, triton.next_power_of_2(count)), num_warps=8, num_stages=1,
     )  # fmt: skip
     return accepted
 

@@ -28,7 +28,7 @@ def select_in_turn(
     launch(
         _select, (len(segments),), scores, again, spans, static.view(torch.uint8), counts.to(device, torch.int32),
         torch.empty_like(scores), picked.view(torch.uint8), repeated.view(torch.uint8), positions,
-        B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8,
+        B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8, num_stages=1,
     )  # fmt: skip
     return picked, repeated
 
