@@ -138,9 +138,10 @@ def select_in_turn(module: Any, positions: int) -> None:
     module.select_in_turn(scores, scores, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
 
 
-def frames_with_peaks(module: Any, dtype: torch.dtype) -> None:
-    x = torch.empty(8, 196, 3584, dtype=dtype)
-    module.density_peaks(x, torch.ones(x.shape[:2], dtype=torch.bool), 4)
+def frames_with_peaks(module: Any, dtype: torch.dtype, n: int = 196) -> None:
+    x = torch.empty(1, n, 3584, dtype=dtype)
+    candidates, noisy = torch.ones(1, n, dtype=torch.bool), n > 196
+    module.density_peaks(x, candidates, 4, "strict" if noisy else "index", torch.zeros(1, n) if noisy else None)
 
 
 def anchor_merge(module: Any, dtype: torch.dtype, count: int) -> None:
@@ -179,6 +180,8 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, ranked", lists),
     ("density_peaks", "frames in bf16", lambda m: frames_with_peaks(m, torch.bfloat16)),
     ("density_peaks", "frames in fp32", lambda m: frames_with_peaks(m, torch.float32)),
+    ("density_peaks", "frames of 729, noisy", lambda m: frames_with_peaks(m, torch.bfloat16, 729)),
+    ("density_peaks", "frames of 2048, noisy", lambda m: frames_with_peaks(m, torch.bfloat16, 2048)),
     ("anchor_merge", "bf16, 24 anchors", lambda m: anchor_merge(m, torch.bfloat16, 24)),
     ("anchor_merge", "fp32, 90 anchors", lambda m: anchor_merge(m, torch.float32, 90)),
     ("merge", "bf16", lambda m: merge(m, torch.bfloat16)),

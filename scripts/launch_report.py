@@ -66,12 +66,14 @@ class Seen(TorchDispatchMode):
             with _disable_current_modes():
                 out = make(*args, **kwargs)
             self.copies += device is not None
+            self.waits += device is not None  # for the copy
             return self._owned(out, device is None)
 
         def moved(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if not self._is_host(x) or not any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
                 return to(x, *args, **kwargs)
             self.copies += 1
+            self.waits += not kwargs.get("non_blocking")
             with _disable_current_modes():
                 out = to(x.clone(), *args, **kwargs)
             return self._owned(out, False)

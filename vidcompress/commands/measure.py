@@ -80,8 +80,7 @@ def evaluate(
 
     from vidcompress.eval import checkpoints, run, tables
 
-    ratios = _ratios(retention)
-    names = run.choose(methods)
+    ratios, names = _ratios(retention), run.choose(methods)
     _check_outputs(output, picture)
     options = loading_options(device, dtype, attn)
     if threads:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidcompress.method import Method, floor, setting
 from vidcompress.ops import anchor_budgets, anchor_merge, apportion, density_peaks, places, segment_frames, top_tokens
+from vidcompress.ops.table import table
 from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Variant = Literal["onevision", "llava_video", "qwen2_5_vl"]
@@ -77,7 +78,7 @@ class FastVID(Method):
         others = ~salient
         # 4. Density peaks of the anchor frames (DTM).
         own = [f for f, count in enumerate(anchor_count) if count]
-        frames, counts = torch.tensor(own, dtype=torch.long, device=x.device), [anchor_count[f] for f in own]
+        frames, counts = table(own, x.device), [anchor_count[f] for f in own]
         score = density_peaks(x[frames], others[frames], self.neighbours, self.density_ties)
         anchor = torch.zeros_like(salient).index_copy_(0, frames, top_tokens(score, torch.tensor(counts)))
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from vidcompress import ops
 from vidcompress.method import Method, floor, setting
+from vidcompress.ops.table import table
 from vidcompress.tokens import Reduction, Site, VideoTokens
 
 Segments = list[tuple[int, int]]
@@ -73,7 +74,8 @@ class InfoMerge(Method):
             k, counts, free = segments.index(group[0]), anchors[start:end], ~picked[start:end]
             seen = ops.with_means(x[start:end], replaced[start:end], spans)  # [L, P, C]
             own = [f for f, count in enumerate(counts) if count]
-            score = ops.density_peaks(seen[own], free[own], self.neighbours, self.density_ties)
+            frames = table(own, x.device)
+            score = ops.density_peaks(seen[frames], free[frames], self.neighbours, self.density_ties)
             chosen = anchor[start:end] = _select_anchors(score, spans, counts, static[k : k + len(group)])
             reach = [span for span in spans for _ in range(*span)]
             merged = ops.anchor_merge(seen, free, chosen, counts, reach, self.beta_merge)
@@ -130,5 +132,5 @@ def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: T
     rows = [(bisect_left(own, start), bisect_left(own, end)) for start, end in spans]
     rank, several = -place.double(), torch.tensor([counts[f] for f in own])
     chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
-    chosen[own] = ops.select_in_turn(rank, rank - p, rows, static, several)[0]
-    return chosen
+    picked, _ = ops.select_in_turn(rank, rank - p, rows, static, several)
+    return chosen.index_copy_(0, table(own, score.device), picked)

@@ -41,7 +41,8 @@ class UnifiedPool(Method):
         count = budget - len(pool)
         member, joined = ops.density_clusters(x, count, self.neighbours, self.density_ties, recycled)
         centre = member[ops.places((joined == member)[None], [count])]
-        size = torch.zeros(len(x), device=x.device).index_add_(0, joined, torch.ones(len(joined), device=x.device))
+        one = torch.ones(len(joined), dtype=torch.float32, device=x.device)
+        size = torch.zeros(len(x), dtype=torch.float32, device=x.device).index_add_(0, joined, one)
         weight = 1 / size[joined]
         keep, notes = torch.cat([pool, centre]).sort().values, {"pool": pool, "centres": centre}
         return Reduction.merging(keep, len(x), [(joined, member, weight)], notes)

@@ -8,8 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-UPCAST: bool = triton.knobs.runtime.interpret
-"""Tiles are made fp32 before they are multiplied: Triton's interpreter would multiply the bit patterns of bf16."""
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether Triton's interpreter runs the kernels. It would multiply the bit patterns of bf16, so tiles are made fp32
+before; and it takes as long for a small tile as for a large one, so programs do more each."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """Said because its default changes with Triton 3.10, and 3.9 warns of that."""

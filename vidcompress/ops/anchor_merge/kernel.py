@@ -1,4 +1,5 @@
-"""Merging into anchors by Triton: two kernels for a video, and one wait, for how many tokens join.
+"""Merging into anchors by Triton: two kernels for a video, and one wait, for how many tokens join (one more for
+every 16 million pairs of a token and a row of anchors).
 
 A program of the first takes some tokens of a frame and the anchors of one, which it goes through a few at a time; it
 writes down which is the most similar, and that one more token joins it. Products are fp32 (three TF32 ones). The second
@@ -16,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.anchor_merge import torch as fast
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 from vidcompress.ops.places.kernel import places
+from vidcompress.ops.table import table
 
-TRIPLETS = 1 << 16 if UPCAST else 1024
+TRIPLETS = 1 << 16 if INTERPRETED else 1024
 """Triplets a program writes: the interpreter takes as long for few as for many."""
 
 
@@ -46,27 +48,26 @@ def anchor_merge(
     ]
     count = torch.zeros(len(centre), dtype=torch.int32, device=device)
     parts = []
-    for some in torch.tensor(pairs).split(max(1, fast.CHUNK_ELEMENTS // p)):
-        table = some.to(device)
-        slot, joins = choose(frames, centre, members, anchors, table, max(counts), count)
-        parts.append((table, slot, joins.nonzero().squeeze(1)))
+    for some in table(pairs, device).view(-1, 4).split(max(1, fast.CHUNK_ELEMENTS // p)):
+        slot, joins = choose(frames, centre, members, anchors, some, max(counts), count)
+        parts.append((some, slot, joins.nonzero().squeeze(1)))
     # An anchor's own triplet comes first.
     ends = [*accumulate((len(found) for _, _, found in parts), initial=len(centre))]
     survivor, source = (torch.empty(ends[-1], dtype=torch.long, device=device) for _ in range(2))
     weight = torch.empty(ends[-1], dtype=torch.float32, device=device)
-    for part, (table, slot, found) in enumerate(parts):
+    for part, (some, slot, found) in enumerate(parts):
         start, alone = (ends[part], 0) if part else (0, len(centre))
         out = (x[start : ends[part + 1]] for x in (survivor, source, weight))
         total = alone + len(found)
         launch(
-            _triplets, (triton.cdiv(total, TRIPLETS),), found, table, slot, centre, count, *out,
+            _triplets, (triton.cdiv(total, TRIPLETS),), found, some, slot, centre, count, *out,
             alone, total, p, float(anchor_weight), B=TRIPLETS, num_warps=4,
         )  # fmt: skip
     return survivor, source, weight
 
 
 def choose(
-    frames: Tensor, centre: Tensor, members: Tensor, anchors: Tensor, table: Tensor, most: int, count: Tensor
+    frames: Tensor, centre: Tensor, members: Tensor, anchors: Tensor, pairs: Tensor, most: int, count: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which anchor every token joins, by one kernel.
 
@@ -74,17 +75,17 @@ def choose(
         frames: [T, P, C].
         centre: [A] flat indices of all anchors.
         members, anchors: [T, P] uint8, 1 or 0.
-        table: [n, 4] frame, first anchor and how many, at most `most`, and whether anchors of the frame stay away.
+        pairs: [n, 4] frame, first anchor and how many, at most `most`, and whether anchors of the frame stay away.
         count: [A] int32, to which the tokens that join are added.
 
     Returns:
         Two [n * P]: the number of the anchor in int32, and whether the token joins it.
     """
     p, channels = frames.shape[1:]
-    slot = torch.empty(len(table) * p, dtype=torch.int32, device=frames.device)
-    joins = torch.empty(len(table) * p, dtype=torch.bool, device=frames.device)
+    slot = torch.empty(len(pairs) * p, dtype=torch.int32, device=frames.device)
+    joins = torch.empty(len(pairs) * p, dtype=torch.bool, device=frames.device)
     launch(
-        _join, (len(table), triton.cdiv(p, 64)), frames, centre, members, anchors, table, slot, joins.view(torch.uint8),
+        _join, (len(pairs), triton.cdiv(p, 64)), frames, centre, members, anchors, pairs, slot, joins.view(torch.uint8),
         count, p, channels, frames.stride(0), frames.stride(1),
         BM=64, BA=max(16, min(64, triton.next_power_of_2(most))), BK=32, num_warps=4,
     )  # fmt: skip
@@ -93,13 +94,13 @@ def choose(
 
 @triton.jit
 def _join(
-    frames, centre, members, anchors, table, slot, joined, count, p, channels, frame_stride, stride,
+    frames, centre, members, anchors, pairs, slot, joined, count, p, channels, frame_stride, stride,
     BM: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
-    frame, anchor = tl.load(table + 4 * pair), tl.load(table + 4 * pair + 1)
-    many, own = tl.load(table + 4 * pair + 2), tl.load(table + 4 * pair + 3)
-    i = tl.program_id(1) * BM + tl.arange(0, BM)
+    frame, anchor = tl.load(pairs + 4 * pair), tl.load(pairs + 4 * pair + 1)
+    many, own = tl.load(pairs + 4 * pair + 2), tl.load(pairs + 4 * pair + 3)
+    i = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     best = tl.full((BM,), -float("inf"), tl.float32)
     choice = tl.full((BM,), 0, tl.int64)
     for first in range(0, many, BA):
@@ -133,7 +134,7 @@ def _join(
 
 
 @triton.jit
-def _triplets(found, table, slot, centre, count, survivor, source, weight, alone, total, p, least, B: tl.constexpr):
+def _triplets(found, pairs, slot, centre, count, survivor, source, weight, alone, total, p, least, B: tl.constexpr):
     """First the `alone` triplets of the anchors themselves, then those of the tokens that join, at places `found` of
     `slot`."""
     e = tl.program_id(0) * B + tl.arange(0, B)
@@ -141,7 +142,7 @@ def _triplets(found, table, slot, centre, count, survivor, source, weight, alone
     at = tl.load(found + e - alone, mask=joins, other=0)
     to = tl.where(joins, tl.load(slot + at, mask=joins, other=0), e)
     anchor = tl.load(centre + to, mask=e < total, other=0)
-    token = tl.load(table + 4 * (at // p), mask=joins, other=0) * p + at % p
+    token = tl.load(pairs + 4 * (at // p), mask=joins, other=0) * p + at % p
     many = tl.load(count + to, mask=e < total, other=0).to(tl.float32)
     own = tl.maximum(tl.div_rn(1.0, many + 1.0), least)  # 1 where nobody joins
     share = tl.div_rn(1.0 - own, tl.maximum(many, 1.0))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 
 
 def column_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -33,7 +33,7 @@ def column_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     # Powers of two are cheaper than those of e.
     scalars = (heads, n, *(stride // unit for stride in strides), scale * math.log2(math.e))
     arguments = (query, key, log_sum, column, *scalars)
-    constants = {"C": channels, "D": first, "E": second, "UNIT": unit, "UPCAST": UPCAST}
+    constants = {"C": channels, "D": first, "E": second, "UNIT": unit, "UPCAST": INTERPRETED}
     grid = (batch * heads, triton.cdiv(n, 128))
     launch(_log_sums, grid, *arguments, **constants, BM=128, BN=64, num_warps=8, num_stages=3)
     launch(_column_sums, grid, *arguments, **constants, BM=64, BN=128, num_warps=8, num_stages=3)

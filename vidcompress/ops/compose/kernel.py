@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.compose import torch as fast
-from vidcompress.ops.launch import UPCAST, launch
+from vidcompress.ops.launch import INTERPRETED, launch
 
 Map = tuple[Tensor, Tensor, Tensor, Tensor]
 
-TRIPLETS = 1 << 14 if UPCAST else 256
+TRIPLETS = 1 << 14 if INTERPRETED else 256
 """Triplets of a program: the interpreter takes as long for few as for many."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidcompress.ops.cosine_fingerprint import torch as fast
 from vidcompress.ops.launch import launch, rows_contiguous
+from vidcompress.ops.table import table
 
 LENGTHS = (16, 32)
 """Frames that fit into a program; a segment has the least that it needs."""
@@ -36,7 +37,7 @@ def cosine_fingerprints(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> 
         spans = [(k, start, end) for k, (start, end) in enumerate(segments) if fewest < end - start <= most]
         if spans:
             launch(
-                _fingerprints, (positions, len(spans)), tokens, torch.tensor(spans, device=tokens.device), out,
+                _fingerprints, (positions, len(spans)), tokens, table(spans, tokens.device), out,
                 positions, channels, tokens.stride(0), tokens.stride(1), L=most, BK=64, num_warps=4, num_stages=2,
             )  # fmt: skip
         fewest = most

@@ -1,8 +1,8 @@
 """Density peaks of many tokens by Triton: the search of tiled.py, its two passes over all distances each one kernel.
 
-A program holds the tile of distances between 128 tokens and 128 others in registers, fresh from the tensor cores, and
-keeps each row's few nearest. Distances are never written down. Pass 1 compares all with all; pass 2 only those that no
-neighbour is denser than, with the points of a lower number, which are numbered by density.
+A program holds the tile of distances between 64 or 128 tokens and 128 others in registers, fresh from the tensor cores,
+and keeps each row's few nearest. Distances are never written down. Pass 1 compares all with all; pass 2 only those that
+no neighbour is denser than, with the points of a lower number, which are numbered by density.
 
 Decisions are those of naive.py. As in tiled.py a bound on the rounding says which tokens can be among the nearest;
 these are measured in fp64, and what the bound leaves open is searched around a leader. Half-precision tokens are
@@ -24,7 +24,7 @@ from vidcompress.ops.density_peaks import tiled
 from vidcompress.ops.density_peaks import torch as fast
 from vidcompress.ops.density_peaks.kernel_frames import frame_scores
 from vidcompress.ops.density_peaks.kernel_lists import PAIRS
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 
 MOST_KEPT = 32
 """Longest list of neighbours that fits into registers; longer ones are left to tiled.py."""
@@ -73,8 +73,7 @@ class Points(tiled.Points):
     def scan(self, rows: Tensor, columns: Tensor | None, origin: Tensor | None, kept: int) -> tiled.Near:
         rows = rows.contiguous()
         across = rows if columns is None else columns.contiguous()
-        kept = min(kept, len(across))
-        if kept > MOST_KEPT:
+        if kept > MOST_KEPT:  # never fewer where there are fewer columns: every number is a kernel of its own
             return super().scan(rows, columns, origin, kept)
         square = self.squares(across, origin)
         own = square if columns is None else self.squares(rows, origin)
@@ -160,7 +159,7 @@ def nearest(
         _nearest, (splits, blocks), tokens, tokens if origin is None else _shift(tokens, origin), points.index,
         rows, row_square, below, ends, columns, column_square, distance, point, farthest,
         count, len(columns), tokens.shape[1], tokens.stride(0),
-        KEPT=kept, SLOTS=slots, LIMITED=limited, RAW=origin is None, UPCAST=UPCAST, **tile,
+        KEPT=kept, SLOTS=slots, LIMITED=limited, RAW=origin is None, UPCAST=INTERPRETED, **tile,
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return lists.joined(distance, point, farthest, row_square, kept, len(columns), points.unit)
@@ -172,7 +171,7 @@ def _shift(tokens: Tensor, origin: Tensor) -> Tensor:
 
 @triton.jit
 def _load(tokens, place, valid, k, channels, stride, shift, RAW: tl.constexpr):
-    """A tile [m, BK] of tokens, shifted unless it is RAW; 0 outside."""
+    """A tile [m, BK] of tokens, shifted unless it is RAW; whatever outside."""
     inside = k < channels
     x = tl.load(tokens + place[:, None] * stride + k[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
     if not RAW:

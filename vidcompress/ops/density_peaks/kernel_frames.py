@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 
-CLOSE = 1e-2
-"""Squared distances below so much of the tokens' squared lengths are measured anew: the others keep five digits."""
+CLOSE = 5e-2
+"""Squared distances below so much of the tokens' squared lengths are measured anew: the others keep four digits."""
 
 CHUNK_FRAMES = 32
 """Frames whose distance matrices exist at once."""
@@ -41,7 +41,7 @@ def _score(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str, noise
     square = distance.diagonal(dim1=1, dim2=2).contiguous()  # [B, n]
     density, largest = torch.empty_like(square), torch.empty_like(square)
     block = max(16, triton.next_power_of_2(n))
-    tile = {"R": min(block, 64) if UPCAST else max(1, min(4, 1024 // block)), "N": block, "num_warps": 4}
+    tile = {"R": min(block, 64) if INTERPRETED else max(1, min(4, 1024 // block)), "N": block, "num_warps": 4}
     grid = (frames, triton.cdiv(n, tile["R"]))
     launch(
         _densities, grid, tokens, distance, square, candidates, square if noise is None else noise, density, largest,
@@ -58,7 +58,7 @@ def _score(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str, noise
 def _tile(base, i, n, k, channels, stride):
     """fp64 channels k of the tokens i; 0 outside."""
     inside = (i < n)[:, None] & (k < channels)[None, :]
-    return tl.load(base + i[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float64)
+    return tl.load(base + i.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -79,6 +79,7 @@ def _densities(
         seen = (i < n)[:, None] & (j < n)[None, :]
         other = tl.load(square + frame * n + j, mask=j < n, other=0.0)
         product = tl.load(to + j[None, :], mask=seen, other=0.0)
+        tl.debug_barrier()  # every thread has its products before any writes distances over them
         part = tl.maximum(own[:, None] + other[None, :] - 2 * product, 0.0)
         same = i[:, None] == j[None, :]
         close = seen & (part < CLOSE * tl.maximum(own[:, None], other[None, :])) & (same == 0)
@@ -134,5 +135,6 @@ def _peaks(
     most = tl.max(tl.load(largest + frame * n + j, mask=j < n, other=0.0), 0)
     delta = tl.where(delta == float("inf"), most, delta)
     score = tl.where(delta > 0, own + 0.5 * tl.log(tl.where(delta > 0, delta, 1.0)), LOWEST)
+    score = tl.maximum(score, LOWEST)
     mine = tl.load(candidates + frame * n + i, mask=i < n, other=0) != 0
     tl.store(out + frame * n + i, tl.where(mine, score, -float("inf")), mask=i < n)

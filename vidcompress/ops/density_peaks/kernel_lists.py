@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.density_peaks import tiled
-from vidcompress.ops.launch import UPCAST, launch
+from vidcompress.ops.launch import INTERPRETED, launch
 
-PAIRS = 512 if UPCAST else 8
+PAIRS = 512 if INTERPRETED else 8
 """Pairs a program measures: the interpreter takes as long for a small tile as for a large one."""
 
-ROWS = 256 if UPCAST else 8
+ROWS = 256 if INTERPRETED else 8
 """Lists of a program, likewise."""
 
 
@@ -91,7 +91,8 @@ def log_density(exact: Tensor, point: Tensor, copies: Tensor, neighbours: int) -
 def above(near: tiled.Near, rank: Tensor, below: Tensor) -> tuple[tiled.Near, Tensor]:
     """`tiled.Points.above`."""
     count, kept = near.distance.shape
-    distance, closest = torch.empty(count, kept, device=rank.device), torch.empty(count, device=rank.device)
+    distance = torch.empty(count, kept, dtype=torch.float32, device=rank.device)
+    closest = torch.empty(count, dtype=torch.float32, device=rank.device)
     launch(
         _above, (triton.cdiv(count, ROWS),), near.distance.contiguous(), near.point, rank, below, distance, closest,
         count, kept, R=ROWS, W=triton.next_power_of_2(kept), num_warps=4,

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.launch import UPCAST, launch
+from vidcompress.ops.launch import INTERPRETED, launch
 from vidcompress.ops.places.kernel import places
+from vidcompress.ops.table import table
 
-TOKENS = 1 << 12 if UPCAST else 128
+TOKENS = 1 << 12 if INTERPRETED else 128
 """Replaced tokens of a program: the interpreter takes as long for few as for many."""
 
 
@@ -29,19 +30,19 @@ def mean_triplets(replaced: Tensor, segments: Sequence[tuple[int, int]]) -> tupl
             before, total = before + counts[frame], total + counts[frame] * (end - start)
     to, source = (torch.empty(total, dtype=torch.long, device=device) for _ in range(2))
     weight = torch.empty(total, dtype=torch.float32, device=device)
-    table = torch.tensor(rows, dtype=torch.long, device=device)
+    frames = table(rows, device)
     launch(
-        _spread, (triton.cdiv(len(token), TOKENS),), token, table, to, source, weight, len(token), p,
+        _spread, (triton.cdiv(len(token), TOKENS),), token, frames, to, source, weight, len(token), p,
         B=TOKENS, num_warps=4,
     )  # fmt: skip
     return to, source, weight
 
 
 @triton.jit
-def _spread(token, table, to, source, weight, count, p, B: tl.constexpr):
+def _spread(token, frames, to, source, weight, count, p, B: tl.constexpr):
     e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     at = tl.load(token + e, mask=e < count, other=0)
-    row = table + 4 * (at // p)
+    row = frames + 4 * (at // p)
     start, length = tl.load(row, mask=e < count, other=0), tl.load(row + 1, mask=e < count, other=0)
     first, base = tl.load(row + 2, mask=e < count, other=0), tl.load(row + 3, mask=e < count, other=0)
     out = base + (e - first) * length

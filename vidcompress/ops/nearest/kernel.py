@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 from vidcompress.ops.nearest.torch import NOISE
 
 CHUNK_ELEMENTS = 64 << 20
 """Products, and fp32 copies of tokens, that exist at once."""
 
-ROWS = 64 if UPCAST else 4
+ROWS = 64 if INTERPRETED else 4
 """Tokens of a program: the interpreter takes as long for few as for many."""
 
 ROUNDING = 4
@@ -158,4 +158,5 @@ def _choose(
                 name = tl.min(tl.where(total == least[:, None], j[None, :], 2147483647), 1)
                 choice = tl.where(doubt & (least < best), name, choice)
                 best = tl.minimum(best, least)
-    tl.store(out + i, choice.to(tl.int64), mask=i < n)
+    # Nothing is near to what is no number: the first anchor is as good as any.
+    tl.store(out + i, tl.where(choice < count, choice, 0).to(tl.int64), mask=i < n)

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.launch import launch
+from vidcompress.ops.table import table
 
 
 def places(marks: Tensor, counts: Sequence[int]) -> Tensor:
-    ends = torch.tensor([0, *accumulate(counts)], device=marks.device)
+    ends = table([0, *accumulate(counts)], marks.device)
     out = torch.empty(sum(counts), dtype=torch.long, device=marks.device)
     launch(_list, (len(marks),), marks.contiguous().view(torch.uint8), ends, out, marks.shape[1], B=1024, num_warps=4)
     return out

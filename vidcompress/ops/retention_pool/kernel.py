@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 from vidcompress.ops.retention_pool import torch as fast
 from vidcompress.ops.retention_pool.naive import ROUNDING
 
@@ -25,11 +25,11 @@ def among(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor:
     accepted = torch.empty(count, dtype=torch.bool, device=z.device)
     # Two fp32 numbers say an fp64 one to 1e-15; what a kernel is given is fp32.
     high = float(torch.tensor(threshold, dtype=torch.float32))
-    rows = 64 if UPCAST else 4
+    rows = 64 if INTERPRETED else 4
     launch(
         _compare, (triton.cdiv(count, rows), triton.cdiv(count, 16)), tokens, block.contiguous(), z @ z.T, alike,
-        count, channels, tokens.stride(0), high, threshold - ROUNDING - high,
-        UNSURE=fast.UNSURE, R=rows, BN=16, BK=32, num_warps=4,
+        count, channels, tokens.stride(0), high, threshold - ROUNDING - high, fast.margin(channels),
+        R=rows, BN=16, BK=32, num_warps=4,
     )  # fmt: skip
     launch(
         _first_come, (min(1, count),), alike, accepted.view(torch.uint8), count,
@@ -46,8 +46,8 @@ def _tile(tokens, place, valid, k, channels, stride):
 
 @triton.jit
 def _compare(
-    tokens, block, cosine, alike, count, channels, stride, threshold, rest,
-    UNSURE: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    tokens, block, cosine, alike, count, channels, stride, threshold, rest, margin,
+    R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Which earlier tokens (columns) keep a token (row) out, once they are accepted themselves."""
     i, j = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BN + tl.arange(0, BN)
@@ -55,7 +55,7 @@ def _compare(
     pair = (i < count)[:, None] & (j[None, :] < i[:, None])
     value = tl.load(cosine + at, mask=pair, other=-2.0)
     like = value >= threshold
-    near = pair & (tl.abs(value - threshold) < UNSURE)
+    near = pair & (tl.abs(value - threshold) < margin)
     if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
         one, other = tl.load(block + i, mask=i < count, other=0), tl.load(block + j, mask=j < count, other=0)
         total = tl.full((R, BN), 0.0, tl.float64)

@@ -14,8 +14,10 @@ BLOCK_TOKENS = {"cpu": 256, "cuda": 1024}
 POOL_TOKENS = 4096
 """Pool tokens a block is held against at once."""
 
-UNSURE = 1e-6
-"""Where an fp32 cosine is nearer to the threshold than this, it is measured again in fp64."""
+
+def margin(channels: int) -> float:
+    """Where an fp32 cosine is nearer to the threshold than this, it is measured again in fp64."""
+    return max(1e-6, 2.0**-22 * channels**0.5)  # a GPU's products add channel after channel
 
 
 def retention_pool(tokens: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
@@ -49,15 +51,15 @@ def _reaches(
     tokens: Tensor, block: Tensor, x: Tensor, length: Tensor, pool: Tensor, unit: Tensor, threshold: float
 ) -> Tensor:
     """[b] bool: whose cosine to some token of the pool reaches the threshold."""
-    reached = torch.zeros(len(block), dtype=torch.bool, device=block.device)
+    reached, doubt = torch.zeros(len(block), dtype=torch.bool, device=block.device), margin(tokens.shape[1])
     for start in range(0, len(pool), POOL_TOKENS):
         part = pool[start : start + POOL_TOKENS]
         cosine = (x @ unit[start : start + len(part)].T).div_(length)  # [b, p]
         top = cosine.amax(1)
-        reached |= top >= threshold + UNSURE
-        unsure = (~reached & (top > threshold - UNSURE)).nonzero().squeeze(1)
+        reached |= top >= threshold + doubt
+        unsure = (~reached & (top > threshold - doubt)).nonzero().squeeze(1)
         if len(unsure):
-            near = (cosine[unsure] > threshold - UNSURE).any(0)
+            near = (cosine[unsure] > threshold - doubt).any(0)
             reached[unsure] |= (_cosines(tokens, block[unsure], part[near]) >= threshold - ROUNDING).any(1)
     return reached
 
@@ -71,7 +73,7 @@ def _alike(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor
     """[b, b] bool: which earlier tokens (columns) keep a token (row) out, once they are accepted themselves."""
     cosine = z @ z.T
     alike = cosine >= threshold
-    near = ((cosine - threshold).abs() < UNSURE).tril_(-1)
+    near = ((cosine - threshold).abs() < margin(z.shape[1])).tril_(-1)
     rows = near.any(1).nonzero().squeeze(1)
     if len(rows):
         columns = near.any(0).nonzero().squeeze(1)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.launch import launch
+from vidcompress.ops.table import table
 from vidcompress.ops.top_tokens.kernel import _rank
 
 
@@ -23,11 +24,12 @@ def select_in_turn(
     scores, again, static = scores.contiguous(), again.contiguous(), static.contiguous()
     positions, device = scores.shape[1], scores.device
     picked, repeated = (torch.empty(scores.shape, dtype=torch.bool, device=device) for _ in range(2))
-    spans = torch.tensor(list(segments), dtype=torch.int32).view(-1, 2).to(device)
+    spans = table(segments, device, torch.int32).view(-1, 2)
     block = max(32, triton.next_power_of_2(positions))
     launch(
-        _select, (len(segments),), scores, again, spans, static.view(torch.uint8), counts.to(device, torch.int32),
-        torch.empty_like(scores), picked.view(torch.uint8), repeated.view(torch.uint8), positions,
+        _select, (len(segments),), scores, again, spans, static.view(torch.uint8),
+        counts.to(device, torch.int32, non_blocking=True), torch.empty_like(scores),
+        picked.view(torch.uint8), repeated.view(torch.uint8), positions,
         B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8, num_stages=1,
     )  # fmt: skip
     return picked, repeated
@@ -41,7 +43,7 @@ def _select(
     start, end = tl.load(spans + 2 * segment), tl.load(spans + 2 * segment + 1)
     i = tl.arange(0, B)
     inside = i < positions
-    fixed = tl.load(static + segment * positions + i, mask=inside, other=0) != 0
+    fixed = tl.load(static + segment.to(tl.int64) * positions + i, mask=inside, other=0) != 0
     before = i < 0
     for step in range(0, end - start):
         frame = start.to(tl.int64) + step

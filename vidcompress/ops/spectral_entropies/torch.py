@@ -8,6 +8,7 @@ from torch import Tensor
 from vidcompress.ops.spectral_entropies import naive
 from vidcompress.ops.spectral_entropy import torch as one
 from vidcompress.ops.spectral_entropy.quadrature import POWERS
+from vidcompress.ops.table import table
 
 CHUNK_ELEMENTS = 32 << 20
 """Of fp64 copies of tokens, and of powers of their Gram matrices, that exist at once."""
@@ -30,13 +31,13 @@ def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> T
         if most > channels:
             gram = torch.stack([one.gram_of(flat[a * p : b * p]) for a, b in (segments[k] for k in group)])
         else:
-            begin, size = torch.tensor([(segments[k][0] * p, sizes[k]) for k in group], device=device).T[..., None]
+            begin, size = table([(segments[k][0] * p, sizes[k]) for k in group], device).T[..., None]
             place = torch.arange(most, device=device)
             inside = place < size  # [B, n]
             rows = flat[torch.where(inside, begin + place, 0)].double().mul_(inside[..., None])
             gram = rows @ rows.mT
-        rank = torch.tensor([min(sizes[k], channels) for k in group], dtype=torch.float64, device=device)
-        out[torch.tensor(group, device=device)] = one.entropies(gram, rank)
+        rank = table([min(sizes[k], channels) for k in group], device, torch.float64)
+        out[table(group, device)] = one.entropies(gram, rank)
     return out
 
 

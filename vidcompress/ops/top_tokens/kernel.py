@@ -20,7 +20,7 @@ def top_tokens(scores: Tensor, counts: Tensor | int) -> Tensor:
         return fast.top_tokens(scores, counts)
     scores, block = rows_contiguous(scores), max(32, triton.next_power_of_2(n))
     out = torch.empty(rows, n, dtype=torch.bool, device=scores.device)
-    limits, limit = (counts.to(scores.device), 0) if isinstance(counts, Tensor) else (scores, counts)
+    limits, limit = (counts.to(scores.device, non_blocking=True), 0) if isinstance(counts, Tensor) else (scores, counts)
     launch(
         _top, (rows,), scores, limits, out.view(torch.uint8), limit, n, scores.stride(0),
         EACH=isinstance(counts, Tensor), B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8,

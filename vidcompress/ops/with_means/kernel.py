@@ -9,16 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.launch import UPCAST, launch, rows_contiguous
+from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
+from vidcompress.ops.table import table
 
-POSITIONS = 64 if UPCAST else 1
+POSITIONS = 64 if INTERPRETED else 1
 """Positions of a program: the interpreter takes as long for one as for many."""
 
 
 def with_means(tokens: Tensor, replaced: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
     tokens, (_, positions, channels) = rows_contiguous(tokens), tokens.shape
     out = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
-    spans = torch.tensor(list(segments), device=tokens.device)
+    spans = table(segments, tokens.device)
     launch(
         _means, (triton.cdiv(positions, POSITIONS), len(segments), triton.cdiv(channels, 512)), tokens, spans,
         replaced.contiguous().view(torch.uint8), out, positions, channels, tokens.stride(0), tokens.stride(1),
@@ -36,7 +37,7 @@ def _means(tokens, spans, replaced, out, positions, channels, frame_stride, stri
     total = tl.full((R, BK), 0.0, tl.float32)
     for frame in range(start, end):
         total += tl.load(base + frame * frame_stride, mask=inside, other=0.0).to(tl.float32)
-    mean = total / (end - start).to(tl.float32)
+    mean = tl.div_rn(total, (end - start).to(tl.float32))
     for frame in range(start, end):
         mark = tl.load(replaced + frame * positions + i, mask=i < positions, other=0) != 0
         own = tl.load(base + frame * frame_stride, mask=inside, other=0.0).to(tl.float32)
