@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidcompress import ops
 from vidcompress.bench import synthetic
 from vidcompress.profiling import count_launches, device_at_hand, machine, megabytes, milliseconds, save
 
@@ -48,26 +49,33 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
     weight = 1 / slot.bincount(minlength=len(keep))[slot].float()
     query, key = (torch.randn(4, 16, 729, 72, generator=draw).to(device) for _ in range(2))
     heads, keys = torch.randn(28, 50, 128, generator=draw), torch.randn(4, n + 50, 128, generator=draw)
+    spans, still = [(f, min(t, f + 8)) for f in range(0, t, 8)], rand(t, p) < 0.05
+    means = (torch.arange(n, device=device), *ops.mean_triplets(still, spans))
     return {
         "anchor_merge": (x, ~anchors, anchors, counts, reach, 0.6),
         "bipartite_match": (flat, n // 4),
         "column_mean_attention": (query, key, 72**-0.5),
         "components": (x[0], 0.7),
+        "compose": (means, (keep, slot, torch.arange(n, device=device), weight), n),
         "cosine_fingerprint": (x[:segment],),
+        "cosine_fingerprints": (x, spans),
         "density_peaks": (x, rand(t, p) > 0.1, 4),
         "density_peaks, global": (flat[None], torch.ones(1, n, dtype=torch.bool, device=device), 7),
         "dpp_map": (flat[: segment * p], rand(segment * p).log(), [segment * p], [max(1, segment * p // 10)]),
         "farthest_points": (flat[: segment * p], max(1, segment * p // 10)),
+        "mean_triplets": (still, spans),
         "merge": (flat, keep, slot, torch.arange(n, device=device), weight),
         "nearest": (flat, flat[keep], "euclidean"),
+        "places": (anchors, counts),
         "retention_pool": (flat, rand(n).argsort(), 0.7, max(1, n // 10)),
         "select_in_turn": (
             rand(t, p).double(),
             rand(t, p).double() - 1,
-            [(f, min(t, f + 8)) for f in range(0, t, 8)],
-            rand(-(-t // 8), p) < 0.1,
+            spans,
+            rand(len(spans), p) < 0.1,
             torch.full((t,), max(1, p // 20)),
         ),
+        "spectral_entropies": (x, spans),
         "spectral_entropy": (flat[: segment * p],),
         "text_attention": (
             heads.to(device),
@@ -78,6 +86,7 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
         ),
         "top_tokens": (rand(t, p), torch.full((t,), max(1, p // 10))),
         "window_change": (x[:segment],),
+        "with_means": (x, still, spans),
     }
 
 
