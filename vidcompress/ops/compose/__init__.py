@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vidcompress.ops.compose.naive import Map
 from vidcompress.ops.dispatch import implementation
 
 __all__ = ["compose"]
-
-Map = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(keep [K], slot [E], source [E], weight [E]) of a `Reduction`: a slot without triplets hands its own token on."""
 
 
 def compose(first: Map, second: Map, num_source: int) -> tuple[Tensor, Tensor, Tensor]:

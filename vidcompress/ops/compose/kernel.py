@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.compose import torch as fast
+from vidcompress.ops.compose.naive import Map
 from vidcompress.ops.launch import INTERPRETED, launch
-
-Map = tuple[Tensor, Tensor, Tensor, Tensor]
 
 TRIPLETS = 1 << 14 if INTERPRETED else 256
 """Triplets of a program: the interpreter takes as long for few as for many."""

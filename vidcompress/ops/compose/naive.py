@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Map = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(keep [K], slot [E], source [E], weight [E]) of a `Reduction`: a slot without triplets hands its own token on."""
 Row = list[tuple[int, float]]
 
 

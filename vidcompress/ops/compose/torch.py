@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Map = tuple[Tensor, Tensor, Tensor, Tensor]
+from vidcompress.ops.compose.naive import Map
 
 
 def compose(first: Map, second: Map, num_source: int) -> tuple[Tensor, Tensor, Tensor]:

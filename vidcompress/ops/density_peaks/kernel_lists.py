@@ -52,13 +52,11 @@ def joined(
 
 def bounds(near: tiled.Near, wanted: int, unit: float) -> tuple[Tensor, Tensor]:
     """[r] fp32 what the `wanted` nearest are no farther than, and [r] bool whether they may not be listed."""
-    most, unsure = (
-        torch.empty_like(near.square),
-        torch.empty(len(near.square), dtype=torch.bool, device=near.square.device),
-    )
+    (count, kept), device = near.distance.shape, near.square.device
+    most, unsure = torch.empty_like(near.square), torch.empty(count, dtype=torch.bool, device=device)
     launch(
-        _bounds, (triton.cdiv(len(most), 256),), near.distance, near.square, near.reach, most, unsure.view(torch.uint8),
-        len(most), near.distance.shape[1], min(wanted, near.distance.shape[1]) - 1, unit, B=256, num_warps=4,
+        _bounds, (triton.cdiv(count, 256),), near.distance, near.square, near.reach, most, unsure.view(torch.uint8),
+        count, kept, min(wanted, kept) - 1, unit, B=256, num_warps=4,
     )  # fmt: skip
     return most, unsure
 
