@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidcompress import ops
 from vidcompress.bench import synthetic
 from vidcompress.profiling import count_launches, device_at_hand, machine, megabytes, milliseconds, save
 
@@ -50,20 +49,20 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
     query, key = (torch.randn(4, 16, 729, 72, generator=draw).to(device) for _ in range(2))
     heads, keys = torch.randn(28, 50, 128, generator=draw), torch.randn(4, n + 50, 128, generator=draw)
     spans, still = [(f, min(t, f + 8)) for f in range(0, t, 8)], rand(t, p) < 0.05
-    means = (torch.arange(n, device=device), *ops.mean_triplets(still, spans))
+    merged = (slot, torch.arange(n, device=device), weight)
     return {
         "anchor_merge": (x, ~anchors, anchors, counts, reach, 0.6),
         "bipartite_match": (flat, n // 4),
+        "breaches": (keep, *merged, n),
         "column_mean_attention": (query, key, 72**-0.5),
         "components": (x[0], 0.7),
-        "compose": (means, (keep, slot, torch.arange(n, device=device), weight), n),
+        "compose": ((torch.arange(n, device=device), *merged), (keep, *merged), n),
         "cosine_fingerprint": (x[:segment],),
         "cosine_fingerprints": (x, spans),
         "density_peaks": (x, rand(t, p) > 0.1, 4),
         "density_peaks, global": (flat[None], torch.ones(1, n, dtype=torch.bool, device=device), 7),
         "dpp_map": (flat[: segment * p], rand(segment * p).log(), [segment * p], [max(1, segment * p // 10)]),
         "farthest_points": (flat[: segment * p], max(1, segment * p // 10)),
-        "mean_triplets": (still, spans),
         "merge": (flat, keep, slot, torch.arange(n, device=device), weight),
         "nearest": (flat, flat[keep], "euclidean"),
         "places": (anchors, counts),
@@ -84,6 +83,7 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
             n + torch.arange(50, device=device),
             torch.arange(n, device=device),
         ),
+        "through_means": (*merged, 0, still, spans, torch.zeros((), dtype=torch.long, device=device)),
         "top_tokens": (rand(t, p), torch.full((t,), max(1, p // 10))),
         "window_change": (x[:segment],),
         "with_means": (x, still, spans),

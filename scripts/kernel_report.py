@@ -116,7 +116,7 @@ def lists(module: Any) -> None:
     points.settled(points.above(near, every, every)[0], near.distance.double(), every, every)
     exact = points.measured(every, near, near.reach, None)
     points.log_density(points.measured(every, near, near.reach, exact), near.point, every, 7)
-    points.apart(every, points.hashes(points.tokens, every, every))
+    points.apart(every, points.hashes(points.tokens, every))
 
 
 def column_mean_attention(module: Any, dtype: torch.dtype, channels: int) -> None:
@@ -136,6 +136,7 @@ def select_in_turn(module: Any, positions: int) -> None:
     scores = torch.empty(32, positions, dtype=torch.float64)
     static = torch.zeros(1, positions, dtype=torch.bool)
     module.select_in_turn(scores, scores, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
+    module.select_in_turn(scores.float(), None, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
 
 
 def frames_with_peaks(module: Any, dtype: torch.dtype, n: int = 196) -> None:
@@ -154,9 +155,14 @@ def merge(module: Any, dtype: torch.dtype) -> None:
     module.merge(torch.empty(64, 3584, dtype=dtype), slot, slot, slot, torch.ones(32))
 
 
-def compose(module: Any) -> None:
-    one = (torch.arange(64), torch.arange(32), torch.arange(32), torch.ones(32))
-    module.compose(one, one, 64)
+def through_means(module: Any) -> None:
+    slot, marks = torch.arange(64), torch.ones(32, 196, dtype=torch.bool)
+    module.through_means(slot, slot, torch.ones(64), 0, marks, [(0, 8), (8, 32)], torch.zeros((), dtype=torch.long))
+
+
+def breaches(module: Any) -> None:
+    slot = torch.arange(64)
+    module.breaches(slot, slot, slot, torch.ones(64), 64)
 
 
 def nearest(module: Any, measure: str) -> None:
@@ -166,6 +172,12 @@ def nearest(module: Any, measure: str) -> None:
 def retention_pool(module: Any) -> None:
     tokens = torch.empty(1024, 3584, dtype=torch.bfloat16)
     module.among(tokens, torch.arange(1024), tokens.float(), 0.8)
+
+
+def spectral_entropies(module: Any, dtype: torch.dtype) -> None:
+    flat, group = torch.empty(256, 3584, dtype=dtype), [(0, 128), (1, 128)]
+    module.rows_of(flat, [(0, 128), (128, 100)])
+    module.finish(torch.eye(128, dtype=torch.float64).expand(2, -1, -1).contiguous(), group, torch.zeros(2).double())
 
 
 def with_means(module: Any, dtype: torch.dtype) -> None:
@@ -197,12 +209,13 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("dpp_map", "196 tokens", lambda m: dpp_map(m, 196)),
     ("dpp_map", "1568 tokens", lambda m: dpp_map(m, 1568)),
     ("dpp_map", "4096 tokens", lambda m: dpp_map(m, 4096)),
-    ("compose", "64 tokens", compose),
-    ("mean_triplets", "32 frames", lambda m: m.mean_triplets(torch.ones(32, 196, dtype=torch.bool), [(0, 8), (8, 32)])),
+    ("breaches", "64 triplets", breaches),
+    ("through_means", "64 triplets", through_means),
     ("nearest", "bf16, euclidean", lambda m: nearest(m, "euclidean")),
     ("nearest", "bf16, cosine", lambda m: nearest(m, "cosine")),
     ("retention_pool", "1024 tokens", retention_pool),
     ("places", "32 frames", lambda m: m.places(torch.ones(32, 196, dtype=torch.bool), [196] * 32)),
+    ("spectral_entropies", "bf16", lambda m: spectral_entropies(m, torch.bfloat16)),
     ("with_means", "bf16", lambda m: with_means(m, torch.bfloat16)),
     ("select_in_turn", "196 positions", lambda m: select_in_turn(m, 196)),
     ("select_in_turn", "729 positions", lambda m: select_in_turn(m, 729)),

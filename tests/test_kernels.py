@@ -19,6 +19,7 @@ import test_ops_density_peaks_tiled as peaks
 import test_ops_dpp_map as dpp
 import test_ops_nearest as anchors
 import test_ops_retention_pool as pools
+import test_ops_spectral_entropy as spectra
 import torch
 from neartie import assert_same_argmax, assert_same_choice
 from test_ops import FINGERPRINTS, equal, examples, moved, poisoned_memory, rand, randn, slow
@@ -55,6 +56,7 @@ def parts(result: Any) -> tuple[Tensor, ...]:
     """What an op returns, triplets in the order of survivors and sources, which no implementation promises."""
     if not isinstance(result, tuple):
         return (result.cpu(),)
+    result = tuple(x for x in result if isinstance(x, Tensor))
     if result[-1].is_floating_point():
         order = (result[0] * (1 + result[1].max()) + result[1]).argsort(stable=True)
         result = tuple(x[order] for x in result)
@@ -318,7 +320,7 @@ def test_picks_go_on_over_launches_and_groups(monkeypatch: pytest.MonkeyPatch) -
     assert implementation("dpp_map")(*there((h[:0], own[:0])), [], []).tolist() == []
 
 
-# -- nearest, retention_pool, compose, places --------------------------------------------------------------------------
+# -- nearest, retention_pool, through_means, breaches, places ----------------------------------------------------------
 @anchors.measures
 @pytest.mark.parametrize("case", anchors.CASES)
 def test_the_nearest_anchor_is_that_of_the_definition(case: str, measure: str) -> None:
@@ -357,38 +359,79 @@ def test_a_pool_of_hard_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     pools.test_fp32_does_not_decide_what_is_close("in one block", monkeypatch)
 
 
-def test_maps_composed_are_those_of_the_definition() -> None:
-    def drawn_map(n: int, k: int, triplets: int, seed: int) -> tuple[Tensor, ...]:
-        keep = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].sort().values
-        slot, source = (rand(triplets, seed=seed + i) for i in (1, 2))
-        return keep, (slot * k * 0.7).long(), (source * n).long(), rand(triplets, seed=seed + 3)
-
-    for triplets in (0, 1, 60):
-        for late in (0, 1, 50):
-            first, second = drawn_map(90, 40, triplets, 1), drawn_map(40, 15, late, 9)
-            with poisoned_memory():
-                got = implementation("compose")(*there((first, second)), 90)
-            want = implementation("compose", "naive")(first, second, 90)
-            for a, b in zip(got, want, strict=True):
-                torch.testing.assert_close(a.cpu(), b, atol=1e-6, rtol=1e-6)
-            fast = implementation("compose", "torch")(first, second, 90)
-            assert all(torch.equal(a, b.cpu()) for a, b in zip(fast, got, strict=True))
-
-
-def test_means_as_triplets_are_the_tokens_with_means() -> None:
-    tokens, replaced = randn(9, 7, 5), rand(9, 7, seed=2) > 0.6
+def with_means_case(segments: list[tuple[int, int]], seed: int) -> tuple[Any, ...]:
+    """Triplets over 9 frames of 7 tokens, some of them replaced, the same pair several times among them."""
+    replaced = rand(9, 7, seed=seed) > 0.6
     replaced[4] = False
-    segments = [(0, 3), (3, 4), (4, 9)]
-    want = ops.with_means(tokens, replaced, segments).flatten(0, 1)
-    to, source, weight = (x.cpu() for x in implementation("mean_triplets")(replaced.to(DEVICE), segments))
-    got = tokens.flatten(0, 1).clone()
-    got[to.unique()] = 0
-    got.index_add_(0, to, weight[:, None] * tokens.flatten(0, 1)[source])
-    torch.testing.assert_close(got, want)
-    got = implementation("with_means")(tokens.to(DEVICE), replaced.to(DEVICE), segments).cpu().flatten(0, 1)
-    torch.testing.assert_close(got, want)
-    none = implementation("mean_triplets")(torch.zeros_like(replaced, device=DEVICE), segments)
-    assert [len(x) for x in none] == [0, 0, 0]
+    alone = (rand(63, seed=seed + 1) > 0.8).nonzero().squeeze(1)
+    slot, source = ((rand(90, seed=seed + i) * n).long() for i, n in ((2, 12), (3, 63)))
+    weight = torch.cat([torch.ones(len(alone)), rand(90, seed=seed + 4)])
+    slot = torch.cat([12 + torch.arange(len(alone)), slot])
+    return slot, torch.cat([alone, source]), weight, len(alone), replaced, segments, torch.tensor(5)
+
+
+@pytest.mark.parametrize("segments", [[(0, 3), (3, 4), (4, 9)], [(0, 9)], [(f, f + 1) for f in range(9)]], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_maps_through_means_are_those_of_the_definition(segments: list[tuple[int, int]], seed: int) -> None:
+    case = with_means_case(segments, seed)
+    none = (*(x[:0] for x in case[:3]), 0, *case[4:])
+    still = (*case[:4], torch.zeros_like(case[4]), *case[5:])
+    for given in (case, none, still, (*case[:4], torch.ones_like(case[4]), *case[5:])):
+        with poisoned_memory():
+            *got, answer = implementation("through_means")(*there(given))
+        *want, _ = implementation("through_means", "naive")(*given)
+        slot, source, weight = (x.cpu() for x in got)
+        order = (slot * 63 + source).argsort()
+        for a, b in zip((slot[order], source[order], weight[order]), want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+        assert answer == 5 and (slot.diff() >= 0).all()
+        *fast, _ = implementation("through_means", "torch")(*given)
+        for a, b in zip(fast, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_maps_through_means_do_what_the_means_would() -> None:
+    slot, source, weight, alone, replaced, segments, ask = with_means_case([(0, 4), (4, 9)], 7)
+    tokens = randn(9, 7, 5)
+    seen = implementation("with_means")(tokens.to(DEVICE), replaced.to(DEVICE), segments).cpu().flatten(0, 1)
+    mixed = torch.cat([slot[:alone][replaced.flatten()[source[:alone]]], slot[alone:]]).unique()
+    want = torch.zeros(int(slot.max()) + 1, 5).index_add_(0, slot, weight[:, None] * seen[source])[mixed]
+    to, token, share, _ = implementation("through_means")(
+        *there((slot, source, weight)), alone, replaced.to(DEVICE), segments, ask.to(DEVICE)
+    )
+    rows = share.cpu()[:, None] * tokens.flatten(0, 1)[token.cpu()]
+    got = torch.zeros(int(slot.max()) + 1, 5).index_add_(0, to.cpu(), rows)
+    torch.testing.assert_close(got[mixed], want)
+    assert to.cpu().unique().tolist() == mixed.tolist()
+
+
+BREACHES = {
+    "none": ([0, 3, 5], [2, 0], [5, 0], [0.5, 1.0]),
+    "an index beyond": ([0, 3, 6], [], [], []),
+    "an index below": ([-1, 3, 5], [], [], []),
+    "twice the same": ([0, 3, 3], [], [], []),
+    "no slot": ([0, 3, 5], [3, -1], [0, 0], [1.0, 1.0]),
+    "no source": ([0, 3, 5], [0, 0], [6, -1], [1.0, 1.0]),
+    "no number": ([0, 3, 5], [0, 1, 2], [1, 2, 3], [float("nan"), float("inf"), 1.0]),
+}
+
+
+@pytest.mark.parametrize("case", BREACHES)
+def test_breaches_are_counted(case: str) -> None:
+    keep, slot, source, weight = (torch.tensor(x) for x in BREACHES[case])
+    given = (keep, slot.long(), source.long(), weight.float(), 6)
+    want = implementation("breaches", "naive")(*given)
+    assert int(implementation("breaches")(*there(given))) == int(want) == {"none": 0}.get(case, int(want) or -1)
+
+
+def test_breaches_of_many() -> None:
+    keep = torch.arange(200_000)
+    slot, weight = keep // 2, torch.ones(200_000)
+    weight[[0, 70_000, 199_999]] = torch.nan
+    given = there((keep, slot, keep.flip(0), weight))
+    assert int(implementation("breaches")(*given, 200_000)) == 3
+    # Half of the indices, half of the sources, and the one number of the three whose source is lawful.
+    assert int(implementation("breaches")(*given, 100_000)) == 100_000 + 100_000 + 1
 
 
 def test_marks_of_long_rows_and_of_none() -> None:
@@ -397,6 +440,25 @@ def test_marks_of_long_rows_and_of_none() -> None:
     got = implementation("places")(marks.to(DEVICE), marks.sum(1).tolist())
     assert got.tolist() == marks.flatten().nonzero().squeeze(1).tolist()
     assert implementation("places")(marks[1:2].to(DEVICE), [0]).tolist() == []
+
+
+# -- spectral_entropies ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("elements", [64 << 20, 1])
+@pytest.mark.parametrize("case", spectra.SPECTRA)
+def test_entropies_are_those_of_the_definition(case: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra.quadrature, "CHUNK_ELEMENTS", {DEVICE.type: elements})
+    tokens = spectra.SPECTRA[case]()
+    with poisoned_memory():
+        got = implementation("spectral_entropies")(tokens[:, None].to(DEVICE), [(0, len(tokens))]).cpu()
+    want = implementation("spectral_entropy", "naive")(tokens)
+    torch.testing.assert_close(got, want[None], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("elements", "small"), [(32 << 20, 1024), (1, 0)])
+@pytest.mark.parametrize("channels", [200, 24])
+def test_entropies_of_all_segments(channels: int, elements: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = implementation("spectral_entropies")
+    spectra.check_all_segments(lambda x, spans: run(x.to(DEVICE), spans), channels, elements, small, monkeypatch)
 
 
 # -- cosine_fingerprint ------------------------------------------------------------------------------------------------
@@ -433,12 +495,16 @@ def test_fingerprints_of_many_channels_and_frozen_frames() -> None:
 
 
 # -- select_in_turn -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("has_scores", [True, False], ids=["scores", "none"])
 @pytest.mark.parametrize(("lengths", "positions"), [([3, 1, 2], 40), ([4], 33), ([1, 1], 1), ([2], 100), ([], 7)])
-def test_selections_are_those_of_the_definition(lengths: list[int], positions: int) -> None:
+def test_selections_are_those_of_the_definition(lengths: list[int], positions: int, has_scores: bool) -> None:
     ends = torch.tensor(lengths).cumsum(0).tolist()
     segments = list(zip([0, *ends[:-1]], ends, strict=False))
     frames = sum(lengths)
     scores, again = (rand(frames, positions, seed=s).double().round(decimals=1) for s in (1, 2))
+    if not has_scores:  # negative ones, zeros of both signs, and what is out of the question
+        scores, again = (scores.float() - 0.5).masked_fill_(scores > 0.7, -torch.inf), None
+        scores[scores == 0.1] = -0.0
     static, counts = rand(len(lengths), positions) < 0.6, (rand(frames, seed=3) * (positions + 1)).long()
     arguments = (scores, again, segments, static, counts)
     with poisoned_memory():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidcompress.ops import compose, merge
+from vidcompress.ops import breaches, compose, merge, through_means
 from vidcompress.precision import full_precision
 
 Grid = tuple[int, int, int]
@@ -151,6 +150,7 @@ class Reduction:
         slot, source, weight: [E] triplets: survivor `slot` receives `weight` times the token `source`. A slot without
             triplets hands its own token on, unchanged. None means that no slot has any (pure pruning).
         notes: what the method wants recorded (segments, budgets), for the trace and for its own later sites.
+        lawful: whether this has been checked.
     """
 
     keep: Tensor
@@ -159,6 +159,7 @@ class Reduction:
     source: Tensor | None = None
     weight: Tensor | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    lawful: bool = field(default=False, repr=False, compare=False, kw_only=True)
 
     @classmethod
     def identity(cls, n: int, device: torch.device | str = "cpu") -> Reduction:
@@ -195,23 +196,24 @@ class Reduction:
 
     def check(self) -> Reduction:
         """Returns self, or raises RuntimeError if this is not a lawful map (a method's own mistake)."""
-        k, n = len(self), self.num_source
-        indices = [self.keep] if self.slot is None else [self.keep, self.slot, self.source]
-        lawful = 0 < k <= n and all(i is not None and i.dim() == 1 and i.dtype == torch.long for i in indices)
-        if lawful:
-            facts = [self.keep[0], self.keep[-1], self.keep.diff().amin() if k > 1 else self.keep.new_ones(())]
-            if self.slot is not None and self.slot.numel():
-                assert self.source is not None and self.weight is not None
-                lawful = self.slot.shape == self.source.shape == self.weight.shape
-                facts += [*self.slot.aminmax(), *self.source.aminmax(), self.weight.sum(dtype=torch.float64)]
-            first, last, step, *mixed = torch.stack(facts).tolist()  # one wait for the device, not eight
-            lawful = lawful and first >= 0 and last < n and step > 0
-            if mixed:
-                lowest, highest, least, most, total = mixed
-                lawful = lawful and 0 <= lowest <= highest < k and 0 <= least <= most < n and math.isfinite(total)
-        if not lawful:
-            raise RuntimeError(f"unlawful reduction: {k} survivors of {n} tokens must be ascending indices below {n}")
+        if not self.lawful:
+            self._refuse(int(self._breaches()))
         return self
+
+    def _breaches(self) -> Tensor:
+        """Long scalar: how many entries break the rules, those aside that their number and type tell."""
+        _, slot, source, weight = self._map()
+        indices = [self.keep, slot, source]
+        if not 0 < len(self) <= self.num_source or any(i.dim() != 1 or i.dtype != torch.long for i in indices):
+            self._refuse(1)
+        if not slot.shape == source.shape == weight.shape:
+            self._refuse(1)
+        return breaches(self.keep, slot, source, weight, self.num_source)
+
+    def _refuse(self, breaches: int) -> None:
+        if breaches:
+            k, n = len(self), self.num_source
+            raise RuntimeError(f"unlawful reduction: {k} survivors of {n} tokens must be ascending indices below {n}")
 
     def apply(self, features: Tensor) -> Tensor:
         """[N, C] -> [K, C] in the dtype of `features`; sums run in fp32. Differentiable in `features`."""
@@ -232,6 +234,20 @@ class Reduction:
             return Reduction(keep, self.num_source)
         slot, source, weight = compose(self._map(), later._map(), self.num_source)
         return Reduction(keep, self.num_source, slot, source, weight) if len(slot) else Reduction(keep, self.num_source)
+
+    def through_means(self, alone: int, replaced: Tensor, segments: Sequence[tuple[int, int]]) -> Reduction:
+        """This reduction of tokens that `ops.with_means` replaced, as one of the tokens themselves, checked.
+
+        Args:
+            alone: so many triplets, the first ones, only say that a survivor is handed on as it is.
+            replaced, segments: as for `ops.with_means`.
+        """
+        _, *triplets = self._map()
+        # One wait tells how many triplets there are and whether those they come from are lawful.
+        *mixed, wrong = through_means(*triplets, alone, replaced, segments, self._breaches())
+        self._refuse(wrong)
+        slot, source, weight = mixed if len(mixed[0]) else (None, None, None)
+        return replace(self, slot=slot, source=source, weight=weight, lawful=True)
 
     def _map(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keep, slot, source, weight), empty where there are no triplets."""

@@ -84,7 +84,8 @@ class FastVID(Method):
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.
         theirs = self.official and self.variant != "onevision"
         reach = self._reach(p, segments, anchor_count)
-        merged = anchor_merge(x, others, anchor, anchor_count, reach, self.beta, anchors_join=not theirs)
+        left = [p - count for count in salient_count]
+        merged = anchor_merge(x, others, anchor, anchor_count, reach, self.beta, not theirs, left)
         kept = places(salient | anchor, [a + b for a, b in zip(salient_count, anchor_count, strict=True)])
         notes = {"segments": segments, "salient": salient_count, "anchors": anchor_count}
         return Reduction.merging(kept, t * p, [merged], notes)

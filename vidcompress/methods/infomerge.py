@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
@@ -67,25 +67,28 @@ class InfoMerge(Method):
         again, count = self._penalised(attention), torch.tensor(picks)
         picked, replaced = ops.select_in_turn(attention, again, segments, static, count)  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
-        anchor, parts = torch.zeros_like(picked), []
+        anchor, free, parts = torch.zeros_like(picked), ~picked, []
         for _, several in groupby(segments, lambda span: span[0] // GROUP_FRAMES):
             start, end = (group := [*several])[0][0], group[-1][1]
             spans = [(a - start, b - start) for a, b in group]
-            k, counts, free = segments.index(group[0]), anchors[start:end], ~picked[start:end]
+            k, counts, left = segments.index(group[0]), anchors[start:end], [p - n for n in picks[start:end]]
             seen = ops.with_means(x[start:end], replaced[start:end], spans)  # [L, P, C]
             own = [f for f, count in enumerate(counts) if count]
-            frames = table(own, x.device)
-            score = ops.density_peaks(seen[frames], free[frames], self.neighbours, self.density_ties)
-            chosen = anchor[start:end] = _select_anchors(score, spans, counts, static[k : k + len(group)])
+            frames, rows = table(own, x.device), [(bisect_left(own, a), bisect_left(own, b)) for a, b in spans]
+            score = ops.density_peaks(seen[frames], free[start:end][frames], self.neighbours, self.density_ties)
+            many = torch.tensor([counts[f] for f in own])
+            chosen, _ = ops.select_in_turn(score, None, rows, static[k : k + len(group)], many)
+            peaks = anchor[start:end].index_copy_(0, frames, chosen)
             reach = [span for span in spans for _ in range(*span)]
-            merged = ops.anchor_merge(seen, free, chosen, counts, reach, self.beta_merge)
-            parts.append((merged[0] + start * p, merged[1] + start * p, merged[2]))
-        # 6. Everything that was kept, in temporal order.
+            merged = ops.anchor_merge(seen, free[start:end], peaks, counts, reach, self.beta_merge, member_counts=left)
+            parts.append((merged[0] + start * p, merged[1] + start * p, merged[2]) if start else merged)
+        # 6. Everything that was kept, in temporal order; what stands for a position's mean is said of the tokens.
         keep = ops.places(picked | anchor, [a + b for a, b in zip(picks, anchors, strict=True)])
-        kept = Reduction.merging(keep, t * p, parts)
+        unmerged = ops.places(picked, picks)
+        one = torch.ones(len(unmerged), dtype=torch.float32, device=x.device)
         notes = {"segments": segments, "weights": weights, "salient": picks, "anchors": anchors}
-        means = Reduction.merging(torch.arange(t * p, device=x.device), t * p, [ops.mean_triplets(replaced, segments)])
-        return replace(means.then(kept), notes=notes)
+        kept = Reduction.merging(keep, t * p, [(unmerged, unmerged, one), *parts], notes)
+        return kept.through_means(len(unmerged), replaced, segments)
 
     def _static_positions(self, x: Tensor, segments: Segments) -> Tensor:
         """[K, P] bool; none in a segment of one frame, where nothing can repeat."""
@@ -121,16 +124,3 @@ class InfoMerge(Method):
         if self.penalty == "subtract":
             return attention - self.penalty_strength
         return attention / (1 + self.penalty_strength)
-
-
-def _select_anchors(score: Tensor, spans: Segments, counts: list[int], static: Tensor) -> Tensor:
-    """[L, P] bool from [frames with anchors, P] scores. A static position [K, P] that was an anchor of its segment
-    before comes after all others, in score order.
-    """
-    p, own = score.shape[1], [f for f, count in enumerate(counts) if count]
-    place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 2 * p * score.isneginf()
-    rows = [(bisect_left(own, start), bisect_left(own, end)) for start, end in spans]
-    rank, several = -place.double(), torch.tensor([counts[f] for f in own])
-    chosen = torch.zeros(len(counts), p, dtype=torch.bool, device=score.device)
-    picked, _ = ops.select_in_turn(rank, rank - p, rows, static, several)
-    return chosen.index_copy_(0, table(own, score.device), picked)

@@ -8,6 +8,7 @@ from vidcompress.ops.anchor_budgets import anchor_budgets
 from vidcompress.ops.anchor_merge import anchor_merge
 from vidcompress.ops.apportion import apportion
 from vidcompress.ops.bipartite_match import bipartite_match
+from vidcompress.ops.breaches import breaches
 from vidcompress.ops.column_mean_attention import column_mean_attention
 from vidcompress.ops.components import components
 from vidcompress.ops.compose import compose
@@ -22,7 +23,6 @@ from vidcompress.ops.farthest_points import farthest_points
 from vidcompress.ops.frame_change import frame_change
 from vidcompress.ops.linkage import linkage
 from vidcompress.ops.max_cosine import max_cosine
-from vidcompress.ops.mean_triplets import mean_triplets
 from vidcompress.ops.merge import merge
 from vidcompress.ops.minmax import minmax
 from vidcompress.ops.nearest import nearest
@@ -35,6 +35,7 @@ from vidcompress.ops.spectral_entropy import spectral_entropy
 from vidcompress.ops.standardise import standardise
 from vidcompress.ops.steady_positions import steady_positions
 from vidcompress.ops.text_attention import text_attention
+from vidcompress.ops.through_means import through_means
 from vidcompress.ops.top_tokens import top_tokens
 from vidcompress.ops.window_change import window_change
 from vidcompress.ops.with_means import with_means
@@ -45,6 +46,7 @@ __all__ = [
     "anchor_merge",
     "apportion",
     "bipartite_match",
+    "breaches",
     "column_mean_attention",
     "components",
     "compose",
@@ -59,7 +61,6 @@ __all__ = [
     "frame_change",
     "linkage",
     "max_cosine",
-    "mean_triplets",
     "merge",
     "minmax",
     "nearest",
@@ -72,6 +73,7 @@ __all__ = [
     "standardise",
     "steady_positions",
     "text_attention",
+    "through_means",
     "top_tokens",
     "window_change",
     "with_means",

@@ -1,5 +1,5 @@
-"""Merging into anchors by Triton: two kernels for a video, and one wait, for how many tokens join (one more for
-every 16 million pairs of a token and a row of anchors).
+"""Merging into anchors by Triton: two kernels for a video, and one that lists who joins (one more of each for every 16
+million pairs of a token and a row of anchors). The host waits only if it does not know the members of every frame.
 
 A program of the first takes some tokens of a frame and the anchors of one, which it goes through a few at a time; it
 writes down which is the most similar, and that one more token joins it. Products are fp32 (three TF32 ones). The second
@@ -33,6 +33,7 @@ def anchor_merge(
     reach: Sequence[tuple[int, int]],
     anchor_weight: float,
     anchors_join: bool = True,
+    member_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     frames, p, device = rows_contiguous(frames), frames.shape[1], frames.device
     if not any(counts):
@@ -48,9 +49,15 @@ def anchor_merge(
     ]
     count = torch.zeros(len(centre), dtype=torch.int32, device=device)
     parts = []
-    for some in table(pairs, device).view(-1, 4).split(max(1, fast.CHUNK_ELEMENTS // p)):
+    step = max(1, fast.CHUNK_ELEMENTS // p)
+    for start, some in zip(range(0, len(pairs), step), table(pairs, device).view(-1, 4).split(step), strict=True):
         slot, joins = choose(frames, centre, members, anchors, some, max(counts), count)
-        parts.append((some, slot, joins.nonzero().squeeze(1)))
+        if member_counts is None:
+            found = joins.nonzero().squeeze(1)
+        else:
+            each = [member_counts[f] - many * alone for f, _, many, alone in pairs[start : start + step]]
+            found = places(joins.view(-1, p), each)
+        parts.append((some, slot, found))
     # An anchor's own triplet comes first.
     ends = [*accumulate((len(found) for _, _, found in parts), initial=len(centre))]
     survivor, source = (torch.empty(ends[-1], dtype=torch.long, device=device) for _ in range(2))

@@ -15,6 +15,7 @@ def anchor_merge(
     reach: Sequence[tuple[int, int]],
     anchor_weight: float,
     anchors_join: bool = True,
+    member_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     unit = normalize(frames.double(), dim=-1, eps=1e-30)
     index = torch.arange(members.numel(), device=frames.device).view_as(members)
@@ -24,7 +25,9 @@ def anchor_merge(
         joins = members[start:end].clone()
         if not anchors_join and start <= f < end:
             joins[f - start] &= ~anchors[f]
-        choice = (unit[start:end][joins] @ unit[f][anchors[f]].T).argmax(-1)
+        # Not a product of matrices, whose rounding may differ between columns that are equal.
+        cosine = [(unit[start:end][joins] * anchor).sum(-1) for anchor in unit[f][anchors[f]]]
+        choice = torch.stack(cosine, -1).argmax(-1)
         for a, anchor in enumerate(index[f][anchors[f]].tolist()):
             joined = index[start:end][joins][choice == a].tolist()
             own = max(1 / (len(joined) + 1), anchor_weight)

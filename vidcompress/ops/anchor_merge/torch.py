@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vidcompress.ops.hashing import hashes
+
 CHUNK_ELEMENTS = 16 << 20
 """Similarities, and upcast elements of tokens, that exist at once."""
 
@@ -22,13 +24,14 @@ def anchor_merge(
     reach: Sequence[tuple[int, int]],
     anchor_weight: float,
     anchors_join: bool = True,
+    member_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (_, p, channels), device = frames.shape, frames.device
     rows = _rows_of(counts, reach)
     if not rows:
         return nothing(device)
     widest, joined, source = max(counts), [], []
-    frame, centre, unit = _peaks(frames, anchors, rows, widest)
+    frame, centre, unit, first = _peaks(frames, anchors, rows, widest)
     real = torch.arange(widest, device=device) < torch.tensor([counts[f] for f in rows], device=device)[:, None]
     for pieces in _batches(rows, reach, p * widest, p * channels):
         token, row = _pairs(pieces, p, device)
@@ -40,7 +43,7 @@ def anchor_merge(
             part = part.view(-1, most)
             score[done : done + len(part), :most] = part
             done += len(part)
-        choice = score.masked_fill_(~real[row], -torch.inf).argmax(1)
+        choice = first[row, score.masked_fill_(~real[row], -torch.inf).argmax(1)]
         joins = members.flatten()[token]
         if not anchors_join:
             joins = joins & ~(anchors.flatten()[token] & (token // p == frame[row]))
@@ -63,13 +66,17 @@ def nothing(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return none, none, torch.empty(0, dtype=torch.float32, device=device)
 
 
-def _peaks(frames: Tensor, anchors: Tensor, rows: list[int], widest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row its frame [R], the flat indices of its anchors [R, A], padded to the most of any, and these tokens,
-    normalised, in fp32 [R, A, C]."""
+def _peaks(frames: Tensor, anchors: Tensor, rows: list[int], widest: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every row its frame [R], the flat indices of its anchors [R, A], padded to the most of any, these tokens,
+    normalised, in fp32 [R, A, C], and of each anchor the first of the row that equals it [R, A]: the columns of a
+    product of matrices need not be rounded alike.
+    """
     frame = torch.tensor(rows, device=frames.device)
     place = anchors[frame].int().argsort(dim=1, descending=True, stable=True)[:, :widest]
     unit = normalize(frames[frame[:, None], place].float(), dim=-1, eps=1e-30)
-    return frame, frame[:, None] * frames.shape[1] + place, unit
+    centre = frame[:, None] * frames.shape[1] + place
+    same = hashes(frames.flatten(0, 1), centre.flatten()).view_as(centre)
+    return frame, centre, unit, (same[:, :, None] == same[:, None]).int().argmax(2)
 
 
 def _triplets(

@@ -23,17 +23,18 @@ def compose(first: Map, second: Map, num_source: int) -> tuple[Tensor, Tensor, T
     each = begin.diff()[middle]
     pair = torch.arange(len(each), device=keep.device).repeat_interleave(each)
     place = torch.arange(len(pair), device=keep.device) - (each.cumsum(0) - each - begin[middle])[pair]
-    return summed(slot[pair] * num_source + source[place], a[place] * b[pair], num_source)
+    slot, source, weight = summed(slot[pair] * num_source + source[place], a[place] * b[pair], num_source)
+    return slot, source, weight.float()
 
 
 def summed(key: Tensor, weight: Tensor, num_source: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets from keys slot * num_source + source: equal ones add up, in order."""
+    """Triplets, fp64, from keys slot * num_source + source: equal ones add up, in order."""
     if not len(key):
-        return key, key, weight.float()
+        return key, key, weight
     key, order = key.sort(stable=True)
     key, lengths = key.unique_consecutive(return_counts=True)
     weight = torch.segment_reduce(weight[order], "sum", lengths=lengths)
-    return key // num_source, key % num_source, weight.float()
+    return key // num_source, key % num_source, weight
 
 
 def _without(slot: Tensor, count: int) -> Tensor:

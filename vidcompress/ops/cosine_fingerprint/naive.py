@@ -12,6 +12,6 @@ def cosine_fingerprint(tokens: Tensor) -> Tensor:
         return out
     for p in range(positions):
         unit = normalize(tokens[:, p].double(), dim=-1, eps=1e-30)  # [L, C]
-        fingerprint = unit @ unit.T  # [L, L]
+        fingerprint = (unit[:, None] * unit).sum(-1)  # [L, L]; a product of matrices may round equal rows differently
         out[p] = (fingerprint[1:] - fingerprint[:-1]).abs().mean()
     return out

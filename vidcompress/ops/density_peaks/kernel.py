@@ -122,9 +122,8 @@ class Points(tiled.Points):
         return lists.log_density(exact, point, copies, neighbours)
 
     @staticmethod
-    def hashes(tokens: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
-        run = tiled.Points.hashes if tokens.dtype == torch.float64 else lists.hashes
-        return run(tokens, chosen, factor)
+    def hashes(tokens: Tensor, chosen: Tensor) -> Tensor:
+        return (tiled.Points.hashes if tokens.dtype == torch.float64 else lists.hashes)(tokens, chosen)
 
 
 def nearest(

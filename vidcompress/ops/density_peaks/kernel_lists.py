@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.density_peaks import tiled
+from vidcompress.ops.hashing import factors
 from vidcompress.ops.launch import INTERPRETED, launch
 
 PAIRS = 512 if INTERPRETED else 8
@@ -110,11 +111,11 @@ def settled(near: tiled.Near, exact: Tensor, rank: Tensor, below: Tensor, channe
     return delta, may
 
 
-def hashes(tokens: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
-    """[m] sums of the bits of some tokens [n, C] with factors [C], modulo 2^64."""
+def hashes(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """As `hashing.hashes`, of tokens that are not fp64."""
     out = torch.empty(len(chosen), dtype=torch.long, device=tokens.device)
     launch(
-        _hash, (triton.cdiv(len(chosen), PAIRS),), tokens, chosen, factor, out,
+        _hash, (triton.cdiv(len(chosen), PAIRS),), tokens, chosen, factors(tokens.shape[1], tokens.device), out,
         len(chosen), tokens.shape[1], tokens.stride(0), P=PAIRS, BK=256, num_warps=4,
     )  # fmt: skip
     return out

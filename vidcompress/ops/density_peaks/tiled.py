@@ -9,11 +9,12 @@ nearest. Such tokens are searched again around one of them, the leader: with the
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from vidcompress.ops.hashing import hashes
 
 TILE = 1024
 """Rows and columns of a tile of distances."""
@@ -133,14 +134,9 @@ class Points:
         return -exact.gather(1, torch.searchsorted(upto, slot, right=True)).mean(1)
 
     @staticmethod
-    def hashes(tokens: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
-        """[m] sums of the bits of some tokens [n, C] with factors [C], modulo 2^64."""
-        wide = tokens.dtype == torch.float64
-        sums = []
-        for part in chosen.split(_step(tokens)):
-            x = tokens.index_select(0, part).to(torch.float64 if wide else torch.float32) + 0.0  # -0 becomes 0
-            sums.append((x.view(torch.int64 if wide else torch.int32) * factor).sum(1))
-        return torch.cat(sums)
+    def hashes(tokens: Tensor, chosen: Tensor) -> Tensor:
+        """As `hashing.hashes`."""
+        return hashes(tokens, chosen)
 
 
 @dataclass
@@ -215,21 +211,11 @@ def _step(tokens: Tensor) -> int:
 
 def _copies(tokens: Tensor, chosen: Tensor, kind: type[Points] = Points) -> tuple[Tensor, Tensor]:
     """[candidates] number of every different token among the candidates, and [m] where each is first."""
-    # Tokens are told apart by a sum of their bits with random odd factors, modulo 2^64: different ones agree by chance
-    # once in some 10^14 pairs.
-    hashes = kind.hashes(tokens, chosen, _factors(tokens.shape[1], tokens.device))
-    kinds, kind_of = torch.unique(hashes, return_inverse=True)
+    kinds, kind_of = torch.unique(kind.hashes(tokens, chosen), return_inverse=True)
     place = torch.arange(len(chosen), device=tokens.device)
     first = place.new_full((len(kinds),), len(chosen)).scatter_reduce_(0, kind_of, place, "amin").sort()
     number = torch.empty_like(first.indices).scatter_(0, first.indices, place[: len(kinds)])
     return number[kind_of], first.values
-
-
-@functools.cache
-def _factors(channels: int, device: torch.device) -> Tensor:
-    """[C] random odd numbers."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**62), 2**62, (channels,), generator=generator).mul_(2).add_(1).to(device)
 
 
 # -- who is near -------------------------------------------------------------------------------------------------------

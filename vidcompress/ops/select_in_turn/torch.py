@@ -9,8 +9,10 @@ from vidcompress.ops.top_tokens.torch import top_tokens
 
 
 def select_in_turn(
-    scores: Tensor, again: Tensor, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
+    scores: Tensor, again: Tensor | None, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if again is None:
+        scores, again = ranked(scores)
     picked = torch.zeros_like(scores, dtype=torch.bool)
     repeated, before = torch.zeros_like(picked), torch.zeros_like(static)
     lengths = [end - start for start, end in segments]
@@ -25,3 +27,11 @@ def select_in_turn(
         before[:n] |= now & static[:n]
         picked[frame], repeated[frame] = now, before[:n]
     return picked, repeated
+
+
+def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the same order that leave room between them and minus infinity, and these for what comes again."""
+    last = scores.isneginf()
+    place = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    place = (place + 2 * scores.shape[1] * last).double()
+    return -place, -place - scores.shape[1] * ~last
