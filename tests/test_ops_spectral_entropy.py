@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from test_ops import implementations, randn
 from torch import Tensor
 
+together = importlib.import_module("vidcompress.ops.spectral_entropies.torch")
 fast, quadrature = (importlib.import_module(f"vidcompress.ops.spectral_entropy.{m}") for m in ("torch", "quadrature"))
 
 
@@ -40,7 +42,7 @@ SPECTRA = {
 @pytest.mark.parametrize("case", SPECTRA)
 def test_entropy_by_determinants(case: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fast.DETERMINANTS, "cpu", True)
-    monkeypatch.setattr(quadrature, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(quadrature, "CHUNK_ELEMENTS", {"cpu": elements})
     tokens = SPECTRA[case]()
     got, again = fast.spectral_entropy(tokens), fast.spectral_entropy(tokens)
     assert got.dtype == torch.float64 and torch.equal(got, again)
@@ -53,16 +55,21 @@ def test_entropy_by_determinants(case: str, elements: int, monkeypatch: pytest.M
 def test_entropies_of_all_segments_at_once(
     channels: int, elements: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one token, of fewer than channels, of more; frozen ones, empty ones; padded to each other's sizes or not."""
-    together = importlib.import_module("vidcompress.ops.spectral_entropies.torch")
     monkeypatch.setitem(fast.DETERMINANTS, "cpu", True)
+    check_all_segments(together.spectral_entropies, channels, elements, small, monkeypatch)
+
+
+def check_all_segments(
+    run: Callable[..., Tensor], channels: int, elements: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one token, of fewer than channels, of more; frozen ones, empty ones; padded to each other's sizes or not."""
     monkeypatch.setattr(together, "CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(together, "SMALL", small)
     tokens = randn(20, 9, channels) * torch.arange(1, channels + 1).float() ** -0.5
     tokens[6:9], tokens[9:11] = tokens[5], 0
     segments = [(0, 1), (1, 5), (5, 9), (9, 11), (11, 12), (12, 20)]
-    got = together.spectral_entropies(tokens, segments)
+    got = run(tokens, segments).cpu()
     want = torch.stack([implementations("spectral_entropy")[0](tokens[a:b].flatten(0, 1)) for a, b in segments])
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
-    alone = together.spectral_entropies(tokens[:2, :1], [(0, 1), (1, 2)])
+    alone = run(tokens[:2, :1], [(0, 1), (1, 2)])
     assert alone.tolist() == [0, 0] and alone.dtype == torch.float64

@@ -31,7 +31,8 @@ def cosine_fingerprints(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> 
     """[K, P] of every segment: one launch for all segments of a size."""
     _, positions, channels = tokens.shape
     tokens = rows_contiguous(tokens if tokens.dtype != torch.float64 else tokens.float())
-    out = torch.zeros(len(segments), positions, dtype=torch.float32, device=tokens.device)
+    some = any(end - start < 2 for start, end in segments)  # where nothing can change
+    out = (torch.zeros if some else torch.empty)(len(segments), positions, dtype=torch.float32, device=tokens.device)
     fewest = 1
     for most in LENGTHS:
         spans = [(k, start, end) for k, (start, end) in enumerate(segments) if fewest < end - start <= most]

@@ -1,7 +1,7 @@
 """Merging by Triton: a program sums the triplets of one slot, in their order, a few tokens at a time.
 
-The triplets of a slot lie side by side once all are sorted, so that it needs to know only where they begin: the host
-waits for nothing. Sums are fp32 and in one order, however often it runs. Where gradients are wanted torch.py has them.
+The triplets of a slot lie side by side once all are sorted, and it looks for where they begin: the host waits
+for nothing. Sums are fp32 and in one order, however often it runs. Where gradients are wanted torch.py has them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,35 @@ def merge(features: Tensor, keep: Tensor, slot: Tensor, source: Tensor, weight: 
         return fast.merge(features, keep, slot, source, weight)
     features, channels = rows_contiguous(features), features.shape[1]
     slot, order = slot.sort(stable=True)
-    first = torch.searchsorted(slot, torch.arange(len(keep) + 1, device=slot.device))
     out = torch.empty(len(keep), channels, dtype=features.dtype, device=features.device)
     launch(
-        _merge, (len(keep), triton.cdiv(channels, 256)), features, keep.contiguous(), first, order,
-        source.contiguous(), weight.contiguous(), out, channels, features.stride(0), ROWS=16, BK=256, num_warps=4,
+        _merge, (len(keep), triton.cdiv(channels, 256)), features, keep.contiguous(), slot, order,
+        source.contiguous(), weight.contiguous(), out, len(slot), len(slot).bit_length(), channels, features.stride(0),
+        ROWS=16, BK=256, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _merge(features, keep, first, order, source, weight, out, channels, stride, ROWS: tl.constexpr, BK: tl.constexpr):
+def _first(slots, slot, count, steps):
+    """How many of ascending slots are below `slot`."""
+    low, high = slot * 0, slot * 0 + count
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        less = (low < high) & (tl.load(slots + middle, mask=low < high, other=0) < slot)
+        high = tl.where(less, high, tl.minimum(middle, high))
+        low = tl.where(less, middle + 1, low)
+    return low
+
+
+@triton.jit
+def _merge(
+    features, keep, slots, order, source, weight, out, count, steps, channels, stride,
+    ROWS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     slot, k = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK)
-    start, end, inside = tl.load(first + slot), tl.load(first + slot + 1), k < channels
+    start, end = _first(slots, slot, count, steps), _first(slots, slot + 1, count, steps)
+    inside = k < channels
     to = out + slot.to(tl.int64) * channels + k
     if start == end:
         own = tl.load(keep + slot)

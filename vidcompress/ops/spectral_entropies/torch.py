@@ -26,7 +26,7 @@ def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> T
     (_, p, channels), flat, device = tokens.shape, tokens.flatten(0, 1), tokens.device
     out = torch.zeros(len(segments), dtype=torch.float64, device=device)
     sizes = [(end - start) * p for start, end in segments]
-    for group in _groups(sizes, channels):
+    for group in groups(sizes, channels):
         most = sizes[group[0]]
         if most > channels:
             gram = torch.stack([one.gram_of(flat[a * p : b * p]) for a, b in (segments[k] for k in group)])
@@ -41,7 +41,7 @@ def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> T
     return out
 
 
-def _groups(sizes: Sequence[int], channels: int) -> Iterator[list[int]]:
+def groups(sizes: Sequence[int], channels: int) -> Iterator[list[int]]:
     """Segments whose matrices are of about the same size, as many together as fit, the largest first; nothing is to be
     done for those that cannot spread over two directions."""
     group: list[int] = []

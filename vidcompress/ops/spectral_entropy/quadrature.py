@@ -8,29 +8,32 @@ import math
 import torch
 from torch import Tensor
 
-NODES = 16
+NODES = 18
 """Gauss-Legendre nodes on a logarithmic scale; with one more for what lies below them."""
 
-LOWEST = 1e-7
-"""Where the nodes begin, relative to the upper end."""
+ABOVE = 16
+"""Where the integral ends: so many times what no eigenvalue exceeds."""
 
-POWERS = 6
+LOWEST = 2.5e-8
+"""Where the nodes begin, relative to that end."""
+
+POWERS = 2
 """Matrix powers that exist at once; traces of up to twice as many follow from them."""
 
-CHUNK_ELEMENTS = 32 << 20
+CHUNK_ELEMENTS = {"cpu": 32 << 20, "cuda": 64 << 20}
 """Of shifted copies that are factored together."""
 
 
 def spectral_sums(gram: Tensor) -> Tensor:
     """[B] sums of x log x over the eigenvalues x of positive semidefinite matrices [B, n, n] in fp64, to about 1e-6.
 
-    For T above four times the largest eigenvalue, x log x = (x + T) log(x + T) - T - (integral of log(x + t) from 0 to
+    For T above the largest eigenvalue, x log x = (x + T) log(x + T) - T - (integral of log(x + t) from 0 to
     T). Summed over x the first term is a series in traces of powers, and the integrand is a log-determinant.
     """
     count, n, _ = gram.shape
     # The Frobenius norm is no less than any eigenvalue.
-    top = 4 * torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(gram.dtype).tiny)  # [B]
-    # (1 + s) log(1 + s) = s + sum over k of (-1)^k s^k / (k (k - 1)), for s = x / T up to 1/4.
+    top = ABOVE * torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(gram.dtype).tiny)  # [B]
+    # (1 + s) log(1 + s) = s + sum over k of (-1)^k s^k / (k (k - 1)), for s = x / T up to 1 / ABOVE.
     powers = gram.new_empty(POWERS, count, n, n)
     torch.div(gram, top[:, None, None], out=powers[0])
     for k in range(1, POWERS):
@@ -38,13 +41,13 @@ def spectral_sums(gram: Tensor) -> Tensor:
     flat = powers.flatten(2).transpose(0, 1)  # [B, POWERS, n * n]
     traces = flat @ flat.mT  # [B, POWERS, POWERS] tr(AB) of symmetric A, B
     total = gram.diagonal(dim1=1, dim2=2).sum(1)
-    series = total / top + (traces * _coefficients(gram.device)).sum((1, 2))
+    series = total / top + (traces * coefficients(gram.device)).sum((1, 2))
     first = top.log() * (n * top + total) + top * series
 
-    at, weight = _nodes(gram.device)
+    at, weight = nodes(gram.device)
     shifts = torch.outer(top, at)
     volume = torch.empty_like(shifts)  # [B, m]
-    step = max(1, CHUNK_ELEMENTS // (count * n * n))
+    step = nodes_at_once(gram)
     for a in range(0, len(at), step):
         part = slice(a, a + step)
         shifted = gram[:, None].expand(-1, len(at[part]), -1, -1).clone()
@@ -54,8 +57,13 @@ def spectral_sums(gram: Tensor) -> Tensor:
     return first - top * (n + volume @ weight)
 
 
+def nodes_at_once(gram: Tensor) -> int:
+    """For how many nodes shifted copies of matrices [B, n, n] fit."""
+    return max(1, CHUNK_ELEMENTS.get(gram.device.type, 32 << 20) // gram.numel())
+
+
 @functools.cache
-def _coefficients(device: torch.device) -> Tensor:
+def coefficients(device: torch.device) -> Tensor:
     """[POWERS, POWERS] fp64: what the trace of a product of two powers counts in the series."""
     out = torch.zeros(POWERS, POWERS, dtype=torch.float64)
     for k in range(2, 2 * POWERS + 1):
@@ -64,7 +72,7 @@ def _coefficients(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _nodes(device: torch.device) -> Tensor:
+def nodes(device: torch.device) -> Tensor:
     """[2, m] fp64 places and weights to integrate from 0 to 1 a function that grows like a logarithm."""
     # Golub and Welsch: the nodes are the eigenvalues of the Legendre polynomials' recurrence.
     k = torch.arange(1, NODES, dtype=torch.float64)

@@ -1,0 +1,147 @@
+"""Entropies by torch.py's determinants, what lies between the products and factors of matrices by Triton: fp64 rows of
+segments of different lengths, what their traces sum up to, copies of them shifted by every node, the volumes of their
+factors, and what follows from all that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidcompress.ops.launch import INTERPRETED, launch
+from vidcompress.ops.spectral_entropies import torch as fast
+from vidcompress.ops.spectral_entropy.quadrature import ABOVE, NODES, coefficients, nodes, nodes_at_once
+from vidcompress.ops.spectral_entropy.torch import gram_of
+from vidcompress.ops.table import table
+
+BLOCK = 1 << 20 if INTERPRETED else 4096
+"""Elements of a program: the interpreter takes as long for few as for many."""
+
+
+def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
+    (_, p, channels), flat, device = tokens.shape, tokens.flatten(0, 1), tokens.device
+    sizes = [(end - start) * p for start, end in segments]
+    groups = [*fast.groups(sizes, channels)]
+    some = sum(map(len, groups)) < len(segments)  # with nothing to spread
+    out = (torch.zeros if some else torch.empty)(len(segments), dtype=torch.float64, device=device)
+    for group in groups:
+        spans = [(segments[k][0] * p, sizes[k]) for k in group]
+        if sizes[group[0]] > channels:
+            gram = torch.stack([gram_of(flat[start : start + size]) for start, size in spans])
+        else:
+            rows = rows_of(flat, spans)
+            gram = rows @ rows.mT
+            del rows
+        finish(gram, [(k, min(sizes[k], channels)) for k in group], out)
+    return out
+
+
+def rows_of(flat: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """[B, n, C] fp64: the tokens from `start` on, `size` of them, and zeros up to the most of any."""
+    most, channels = max(size for _, size in spans), flat.shape[1]
+    out = torch.empty(len(spans), most, channels, dtype=torch.float64, device=flat.device)
+    grid = (len(spans), triton.cdiv(most * channels, BLOCK))
+    where = table(spans, flat.device)
+    launch(_rows, grid, flat, where, out, most * channels, channels, *flat.stride(), B=BLOCK, num_warps=4)
+    return out
+
+
+def finish(gram: Tensor, group: list[tuple[int, int]], out: Tensor) -> None:
+    """Entropies of Gram matrices [B, n, n] to places of `out`; `group` has these places and the matrices' ranks."""
+    count, n, _ = gram.shape
+    blocks, at = triton.cdiv(n * n, BLOCK), nodes(gram.device)
+    sums = torch.empty(count, blocks, 4, dtype=torch.float64, device=gram.device)
+    launch(_sums, (count, blocks), gram, gram @ gram, sums, n, blocks, B=BLOCK, num_warps=4)
+    volume, step = torch.empty(count, at.shape[1], dtype=torch.float64, device=gram.device), nodes_at_once(gram)
+    width = triton.next_power_of_2(blocks)
+    for first in range(0, at.shape[1], step):
+        here = min(step, at.shape[1] - first)
+        shifted = torch.empty(count, here, n, n, dtype=gram.dtype, device=gram.device)
+        launch(
+            _shift, (count, here, blocks), gram, sums, at, shifted, first, n, blocks,
+            ABOVE=ABOVE, W=width, B=BLOCK, num_warps=4,
+        )  # fmt: skip
+        factor = torch.linalg.cholesky_ex(shifted).L
+        launch(
+            _volume, (count, here), factor, volume, first, n, at.shape[1], *factor.stride()[1:],
+            B=min(1024, triton.next_power_of_2(n)), num_warps=4,
+        )  # fmt: skip
+    launch(
+        _entropy, (count,), sums, coefficients(gram.device), at, volume, table(group, gram.device), out,
+        n, blocks, at.shape[1], ABOVE=ABOVE, W=width, M=triton.next_power_of_2(NODES + 1), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rows(flat, where, out, count, channels, stride, step, B: tl.constexpr):
+    one = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1).to(tl.int64) * B + tl.arange(0, B)
+    start, size = tl.load(where + 2 * one), tl.load(where + 2 * one + 1)
+    row = e // channels
+    x = tl.load(flat + (start + row) * stride + e % channels * step, mask=row < size, other=0.0)
+    tl.store(out + one * count + e, x.to(tl.float64), mask=e < count)
+
+
+@triton.jit
+def _sums(gram, square, sums, n, blocks, B: tl.constexpr):
+    """A block's part of the trace, and of those of the second, third and fourth power."""
+    one, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    e = block.to(tl.int64) * B + tl.arange(0, B)
+    x = tl.load(gram + one * n * n + e, mask=e < n * n, other=0.0)
+    y = tl.load(square + one * n * n + e, mask=e < n * n, other=0.0)
+    to = sums + (one * blocks + block) * 4
+    tl.store(to, tl.sum(tl.where(e // n == e % n, x, 0.0), 0))
+    tl.store(to + 1, tl.sum(x * x, 0))
+    tl.store(to + 2, tl.sum(x * y, 0))
+    tl.store(to + 3, tl.sum(y * y, 0))
+
+
+@triton.jit
+def _sum(sums, one, which, blocks, W: tl.constexpr):
+    i = tl.arange(0, W)
+    return tl.sum(tl.load(sums + (one * blocks + i) * 4 + which, mask=i < blocks, other=0.0), 0)
+
+
+@triton.jit
+def _shift(gram, sums, at, shifted, first, n, blocks, ABOVE: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
+    one, node, here = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    e = tl.program_id(2).to(tl.int64) * B + tl.arange(0, B)
+    top = ABOVE * tl.maximum(tl.sqrt(_sum(sums, one, 1, blocks, W)), 1e-300)
+    x = tl.load(gram + one * n * n + e, mask=e < n * n, other=0.0)
+    x += tl.where(e // n == e % n, top * tl.load(at + first + node), 0.0)
+    tl.store(shifted + (one * here + node) * n * n + e, x, mask=e < n * n)
+
+
+@triton.jit
+def _volume(factor, volume, first, n, count, node_stride, row, column, B: tl.constexpr):
+    one, node, here = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    base = factor + (one * here + node) * node_stride
+    total = tl.full((B,), 0.0, tl.float64)
+    for start in range(0, n, B):
+        i = start + tl.arange(0, B)
+        total += tl.log(tl.load(base + i.to(tl.int64) * (row + column), mask=i < n, other=1.0))
+    tl.store(volume + one * count + first + node, 2 * tl.sum(total, 0))
+
+
+@triton.jit
+def _entropy(
+    sums, coefficients, at, volume, group, out, n, blocks, count, ABOVE: tl.constexpr, W: tl.constexpr, M: tl.constexpr
+):
+    one = tl.program_id(0).to(tl.int64)
+    total, square = _sum(sums, one, 0, blocks, W), _sum(sums, one, 1, blocks, W)
+    top = ABOVE * tl.maximum(tl.sqrt(square), 1e-300)
+    series = total / top + tl.load(coefficients) * (square / top / top)
+    series += tl.load(coefficients + 1) * (_sum(sums, one, 2, blocks, W) / top / top / top)
+    series += tl.load(coefficients + 3) * (_sum(sums, one, 3, blocks, W) / top / top / top / top)
+    i = tl.arange(0, M)
+    weight = tl.load(at + count + i, mask=i < count, other=0.0)
+    integral = tl.sum(tl.load(volume + one * count + i, mask=i < count, other=0.0) * weight, 0)
+    spread = tl.log(top) * (n * top + total) + top * (series - n - integral)  # sum of x log x
+    share = tl.log(tl.maximum(total, 1e-300)) - spread / tl.maximum(total, 1e-300)
+    share = share / tl.log(tl.load(group + 2 * one + 1).to(tl.float64))
+    share = tl.minimum(tl.maximum(tl.where(total > 0, share, 0.0), 0.0), 1.0)
+    tl.store(out + tl.load(group + 2 * one), share)
