@@ -59,6 +59,7 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
         "compose": ((torch.arange(n, device=device), *merged), (keep, *merged), n),
         "cosine_fingerprint": (x[:segment],),
         "cosine_fingerprints": (x, spans),
+        "density_clusters": (flat, max(1, n // 30), 7),
         "density_peaks": (x, rand(t, p) > 0.1, 4),
         "density_peaks, global": (flat[None], torch.ones(1, n, dtype=torch.bool, device=device), 7),
         "dpp_map": (flat[: segment * p], rand(segment * p).log(), [segment * p], [max(1, segment * p // 10)]),

@@ -102,21 +102,15 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 # -- one launch of every kind, at the sizes of LLaVA-OneVision-7B ------------------------------------------------------
-def density_peaks(module: Any, dtype: torch.dtype, origin: bool, kept: int) -> None:
-    every = torch.arange(2048)
-    points = module.Points(torch.empty(2048, 3584, dtype=dtype), every)
-    points.scan(every, None, torch.zeros(3584, dtype=torch.float64) if origin else None, kept)
+def row_with_peaks(module: Any, dtype: torch.dtype, neighbours: int, ties: str = "index") -> None:
+    module.row_scores(torch.empty(2048, 3584, dtype=dtype), torch.ones(2048, dtype=torch.bool), neighbours, ties)
 
 
-def lists(module: Any) -> None:
+def around_a_leader(module: Any) -> None:
     every = torch.arange(2048)
     points = module.Points(torch.empty(2048, 3584, dtype=torch.bfloat16), every, every)
-    near = points.scan(every, every, None, 15)
-    points.bounds(near, 7)
-    points.settled(points.above(near, every, every)[0], near.distance.double(), every, every)
-    exact = points.measured(every, near, near.reach, None)
-    points.log_density(points.measured(every, near, near.reach, exact), near.point, every, 7)
-    points.apart(every, points.hashes(points.tokens, every))
+    points.scan(every, every, torch.zeros(3584, dtype=torch.float64), 15)
+    points.scan(every, None, None, 15)
 
 
 def column_mean_attention(module: Any, dtype: torch.dtype, channels: int) -> None:
@@ -169,9 +163,12 @@ def nearest(module: Any, measure: str) -> None:
     module.nearest(torch.empty(64, 3584, dtype=torch.bfloat16), torch.empty(188, 3584, dtype=torch.bfloat16), measure)
 
 
-def retention_pool(module: Any) -> None:
-    tokens = torch.empty(1024, 3584, dtype=torch.bfloat16)
-    module.among(tokens, torch.arange(1024), tokens.float(), 0.8)
+def density_clusters(module: Any) -> None:
+    module.density_clusters(torch.empty(196, 3584, dtype=torch.bfloat16), 20, 7)
+
+
+def retention_pool(module: Any, dtype: torch.dtype) -> None:
+    module.retention_pool(torch.empty(4096, 3584, dtype=dtype), torch.arange(4096), 0.8, 600)
 
 
 def spectral_entropies(module: Any, dtype: torch.dtype) -> None:
@@ -185,11 +182,12 @@ def with_means(module: Any, dtype: torch.dtype) -> None:
 
 
 CASES: list[tuple[str, str, Callable[[Any], None]]] = [
-    ("density_peaks", "bf16, k = 7", lambda m: density_peaks(m, torch.bfloat16, False, 15)),
-    ("density_peaks", "bf16, k = 20", lambda m: density_peaks(m, torch.bfloat16, False, 28)),
-    ("density_peaks", "bf16 shifted, k = 7", lambda m: density_peaks(m, torch.bfloat16, True, 15)),
-    ("density_peaks", "fp32, k = 7", lambda m: density_peaks(m, torch.float32, True, 15)),
-    ("density_peaks", "bf16, ranked", lists),
+    ("density_clusters", "196 tokens", density_clusters),
+    ("density_peaks", "bf16, k = 7", lambda m: row_with_peaks(m, torch.bfloat16, 7)),
+    ("density_peaks", "bf16, k = 20", lambda m: row_with_peaks(m, torch.bfloat16, 20, "strict")),
+    ("density_peaks", "fp32, k = 7", lambda m: row_with_peaks(m, torch.float32, 7)),
+    ("density_peaks", "fp64, k = 7", lambda m: row_with_peaks(m, torch.float64, 7)),
+    ("density_peaks", "bf16, around a leader", around_a_leader),
     ("density_peaks", "frames in bf16", lambda m: frames_with_peaks(m, torch.bfloat16)),
     ("density_peaks", "frames in fp32", lambda m: frames_with_peaks(m, torch.float32)),
     ("density_peaks", "frames of 729, noisy", lambda m: frames_with_peaks(m, torch.bfloat16, 729)),
@@ -213,7 +211,8 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("through_means", "64 triplets", through_means),
     ("nearest", "bf16, euclidean", lambda m: nearest(m, "euclidean")),
     ("nearest", "bf16, cosine", lambda m: nearest(m, "cosine")),
-    ("retention_pool", "1024 tokens", retention_pool),
+    ("retention_pool", "bf16", lambda m: retention_pool(m, torch.bfloat16)),
+    ("retention_pool", "fp32", lambda m: retention_pool(m, torch.float32)),
     ("places", "32 frames", lambda m: m.places(torch.ones(32, 196, dtype=torch.bool), [196] * 32)),
     ("spectral_entropies", "bf16", lambda m: spectral_entropies(m, torch.bfloat16)),
     ("with_means", "bf16", lambda m: with_means(m, torch.bfloat16)),

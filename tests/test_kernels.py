@@ -161,6 +161,34 @@ def test_peaks_are_those_of_the_definition(case: str, many: None) -> None:
     assert_same_peaks(peaks.TOKENS[case]()[:141], 7)
 
 
+def test_what_fp32_cannot_tell_is_left_to_another_search(many: None) -> None:
+    from vidcompress.ops.density_peaks.kernel import row_scores
+
+    every = torch.ones(200, dtype=torch.bool, device=DEVICE)
+    hard, easy = (peaks.TOKENS[case]()[:200].to(DEVICE) for case in ("copies of clusters", "still 0.001"))
+    assert row_scores(hard, every, 7, "index") is None and row_scores(easy, every, 7, "index") is not None
+    assert_same_peaks(hard.cpu(), 7)
+
+
+def test_peaks_of_a_row_without_candidates(many: None) -> None:
+    got = implementation("density_peaks")(*there((randn(1, 60, 8), torch.zeros(1, 60, dtype=torch.bool), 7)))
+    assert got.eq(-torch.inf).all() and got.shape == (1, 60)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["members known", "asked"])
+@pytest.mark.parametrize("case", ["random", "clustered", "copies", "many copies", "all equal", "still, bfloat16"])
+def test_clusters_are_those_of_the_definition(case: str, known: bool, many: None) -> None:
+    x = peaks.TOKENS[case]()[:141]
+    candidates = rand(141, seed=9) > 0.2
+    members = int(candidates.sum()) if known else None
+    for count in (1, 12, int(candidates.sum())):
+        for arguments in ((x, count, 7, "index", candidates, members), (x, count, 7)):
+            with poisoned_memory():
+                got = implementation("density_clusters")(*there(arguments))
+            want = implementation("density_clusters", "naive")(*arguments)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(
     "case",
     ["random", "clustered", "copies", "many copies", "all equal", "still 0.001", "still + 100", "still, bfloat16",
@@ -338,19 +366,20 @@ def test_the_nearest_anchor_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     test_the_nearest_anchor_is_that_of_the_definition("still 0.000001", "euclidean")
 
 
-@pytest.mark.parametrize("block", [40, 1024])
+@pytest.mark.parametrize("block", [70, 2048])
 @pytest.mark.parametrize("threshold", [0.5, 0.95, 1.0, 1.1])
 @pytest.mark.parametrize("case", pools.TOKENS)
 def test_the_pool_is_that_of_the_definition(
     case: str, threshold: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools.FAST, "BLOCK_TOKENS", {DEVICE.type: block})
+    monkeypatch.setattr(importlib.import_module("vidcompress.ops.retention_pool.kernel"), "BLOCK_TOKENS", block)
     tokens = pools.TOKENS[case]()
     order = pools.shuffled(len(tokens))
-    want = pools.NAIVE.retention_pool(tokens, order, threshold, len(tokens))
-    with poisoned_memory():
-        got = implementation("retention_pool")(tokens.to(DEVICE), order.to(DEVICE), threshold, len(tokens))
-    assert got.tolist() == want.tolist()
+    want = pools.NAIVE.retention_pool(tokens, order, threshold, len(tokens)).tolist()
+    for size in (len(tokens), len(want) // 2):
+        with poisoned_memory():
+            got = implementation("retention_pool")(tokens.to(DEVICE), order.to(DEVICE), threshold, size)
+        assert got.tolist() == want[:size]
 
 
 def test_a_pool_of_hard_questions(monkeypatch: pytest.MonkeyPatch) -> None:

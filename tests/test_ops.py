@@ -139,6 +139,7 @@ def examples() -> dict[str, tuple[Any, ...]]:
         ),
         "cosine_fingerprint": (tokens,),
         "cosine_fingerprints": (tokens, [(0, 2), (2, 3), (3, 6)]),
+        "density_clusters": (tokens.flatten(0, 1), 9, 4, "index", rand(90) > 0.3),
         "density_peaks": (tokens, rand(6, 15) > 0.3, 4),
         "dpp_map": (tokens.flatten(0, 1), rand(90), (30, 45, 15), (10, 20, 15)),
         "farthest_points": (tokens.flatten(0, 1), 20),

@@ -91,8 +91,7 @@ class HoliTomOuter(Method):
 
     def _clusters(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[n] the centre that each of n tokens is merged into, and the weight it has there."""
-        index, joined = ops.density_clusters(x, count, min(self.neighbours, count))
-        size = joined.bincount(minlength=len(x))[joined].float()
+        index, joined, size, _ = ops.density_clusters(x, count, min(self.neighbours, count))
         own = 1 / size if self.beta is None else torch.where(size > 1, self.beta, 1.0)
         return joined, torch.where(joined == index, own, (1 - own) / (size - 1).clamp_min(1))
 

@@ -90,7 +90,7 @@ class PruneVidOuter(Method):
         """[n] index of the density peak, one of `count`, that each of [n, C] joins."""
         if count == len(x):
             return torch.arange(count, device=x.device)
-        return ops.density_clusters(x, count, self.neighbours)[1]
+        return ops.density_clusters(x, count, self.neighbours).joined
 
     def _clusters(self, size: int) -> int:
         """Tokens that the official code keeps of a group."""

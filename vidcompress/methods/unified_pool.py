@@ -38,11 +38,9 @@ class UnifiedPool(Method):
         if len(pool) == budget:
             return Reduction(pool.sort().values, len(x), notes={"pool": pool, "centres": pool[:0]})
         # 3. Each recycled token joins the nearest density peak, a peak its own; a cluster becomes its mean (eq. 3-4).
-        count = budget - len(pool)
-        member, joined = ops.density_clusters(x, count, self.neighbours, self.density_ties, recycled)
-        centre = member[ops.places((joined == member)[None], [count])]
-        one = torch.ones(len(joined), dtype=torch.float32, device=x.device)
-        size = torch.zeros(len(x), dtype=torch.float32, device=x.device).index_add_(0, joined, one)
-        weight = 1 / size[joined]
-        keep, notes = torch.cat([pool, centre]).sort().values, {"pool": pool, "centres": centre}
-        return Reduction.merging(keep, len(x), [(joined, member, weight)], notes)
+        left = len(x) - len(pool)
+        clusters = ops.density_clusters(
+            x, budget - len(pool), self.neighbours, self.density_ties, recycled, members=left
+        )
+        keep, notes = torch.cat([pool, clusters.centre]).sort().values, {"pool": pool, "centres": clusters.centre}
+        return Reduction.merging(keep, len(x), [(clusters.joined, clusters.member, 1 / clusters.size)], notes)

@@ -24,6 +24,17 @@ def hashes(tokens: Tensor, chosen: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
+def first_copies(tokens: Tensor) -> Tensor:
+    """[n] where the first token is that equals each of the tokens [n, C]: rows of a product of matrices need not be
+    rounded alike where their factors are equal.
+    """
+    every = torch.arange(len(tokens), device=tokens.device)
+    value, order = hashes(tokens, every).sort(stable=True)
+    starts = torch.nn.functional.pad(value[1:] != value[:-1], (1, 0))
+    head = order[every.where(starts, 0).cummax(0).values] if len(tokens) else order
+    return torch.empty_like(order).scatter_(0, order, head)
+
+
 @functools.cache
 def factors(channels: int, device: torch.device) -> Tensor:
     """[C] random odd numbers."""

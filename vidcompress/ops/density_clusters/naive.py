@@ -1,14 +1,29 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vidcompress.ops.density_peaks import density_peaks
 from vidcompress.ops.nearest import nearest
-from vidcompress.ops.places import places
 from vidcompress.ops.top_tokens import top_tokens
+
+
+class Clusters(NamedTuple):
+    """What `density_clusters` finds; all indices are into its tokens.
+
+    Attributes:
+        member: [M] the candidates, ascending.
+        joined: [M] the centre that each is in.
+        size: [M] fp32, members of that cluster.
+        centre: [K] the centres, ascending.
+    """
+
+    member: Tensor
+    joined: Tensor
+    size: Tensor
+    centre: Tensor
 
 
 def density_clusters(
@@ -17,21 +32,11 @@ def density_clusters(
     neighbours: int,
     ties: Literal["index", "strict"] = "index",
     candidates: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The tokens of highest density-peak score are centres; each token joins the nearest, a centre its own cluster.
-
-    Args:
-        tokens: [N, C].
-        count: centres, at least 1 and at most the candidates.
-        neighbours, ties: as for `density_peaks`.
-        candidates: [N] bool, the tokens that are clustered; all unless given.
-
-    Returns:
-        ([M] long, [M] long): the M candidates, ascending, and the centre that each is in, both indices into `tokens`.
-    """
+    members: int | None = None,
+) -> Clusters:
     taken = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device) if candidates is None else candidates
-    peaks = density_peaks(tokens[None], taken[None], neighbours, ties)
-    is_centre = top_tokens(peaks, count)[0]
-    member, centre = taken.nonzero().squeeze(1), places(is_centre[None], [count])
+    is_centre = top_tokens(density_peaks(tokens[None], taken[None], neighbours, ties), count)[0]
+    member, centre = (x.nonzero().squeeze(1) for x in (taken, is_centre))
     joined = centre[nearest(tokens[member], tokens[centre], "euclidean")]
-    return member, torch.where(is_centre[member], member, joined)
+    joined = torch.where(is_centre[member], member, joined)
+    return Clusters(member, joined, joined.bincount(minlength=len(tokens))[joined].float(), centre)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,11 +19,6 @@ def margin(channels: int) -> float:
 
 
 def retention_pool(tokens: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
-    return pooled(tokens, order, threshold, size, among)
-
-
-def pooled(tokens: Tensor, order: Tensor, threshold: float, size: int, among: Callable[..., Tensor]) -> Tensor:
-    """The pool, with `among` as below or as good."""
     pool = order.new_empty(0)  # [m]
     unit = torch.empty(0, tokens.shape[1], dtype=torch.float32, device=tokens.device)  # [room for m, C] normalised
     for block in order.split(BLOCK_TOKENS.get(tokens.device.type, 1024)):
@@ -38,7 +31,7 @@ def pooled(tokens: Tensor, order: Tensor, threshold: float, size: int, among: Ca
             unlike = (~_reaches(tokens, block, x, length, pool, unit, threshold)).nonzero().squeeze(1)
             block, x, length = block[unlike], x[unlike], length[unlike]
         z = x / length
-        accepted = among(tokens, block, z, threshold).nonzero().squeeze(1)[:room]
+        accepted = _first_come(_alike(tokens, block, z, threshold)).nonzero().squeeze(1)[:room]
         have, total = len(pool), len(pool) + len(accepted)
         if total > len(unit):
             unit = torch.cat([unit[:have], unit.new_empty(max(total, 2 * have) - have, unit.shape[1])])
@@ -64,13 +57,10 @@ def _reaches(
     return reached
 
 
-def among(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor:
-    """[b] bool: who is accepted of a block of tokens that are unlike all before, normalised [b, C]."""
-    return _first_come(_alike(tokens, block, z, threshold))
-
-
 def _alike(tokens: Tensor, block: Tensor, z: Tensor, threshold: float) -> Tensor:
-    """[b, b] bool: which earlier tokens (columns) keep a token (row) out, once they are accepted themselves."""
+    """[b, b] bool: which earlier tokens (columns) keep a token (row) out, once they are accepted themselves; all are
+    unlike the pool and, normalised, `z` [b, C].
+    """
     cosine = z @ z.T
     alike = cosine >= threshold
     near = ((cosine - threshold).abs() < margin(z.shape[1])).tril_(-1)
