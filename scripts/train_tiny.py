@@ -66,6 +66,7 @@ def main() -> None:
             module.load_state_dict(state)
     for part, steps in parts:
         language += train_language(student, part, steps, args.seed, args.drops)
+        student.round()  # so that going on with --after is the same
     student.save(args.out)
     record = {
         "backbone": args.backbone,

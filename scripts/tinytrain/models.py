@@ -110,6 +110,12 @@ class Student(ABC):
             kept |= {k.replace("vision_model.", "model.vision_tower.", 1): v.float() for k, v in rest.items()}
         self.model.load_state_dict(kept)
 
+    @torch.no_grad()
+    def round(self) -> None:
+        """Rounds all weights to bf16, which is what a checkpoint keeps of them."""
+        for weight in self.model.parameters():
+            weight.copy_(weight.bfloat16())
+
     def _save_model(self, folder: Path) -> None:
         self.model.generation_config.pad_token_id = VOCABULARY["<pad>"]
         self.model.to(torch.bfloat16).save_pretrained(folder)
