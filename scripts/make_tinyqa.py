@@ -1,26 +1,30 @@
-"""Writes the frozen evaluation set of vidcompress.eval.tinyqa. Its answers change with it: retrain and re-evaluate."""
+"""Writes a frozen evaluation set of vidcompress.eval.tinyqa. Its answers change with it: re-evaluate.
+
+python scripts/make_tinyqa.py tinyqa-wide
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
-from vidcompress.eval.tinyqa.frozen import make
-
-FOLDER = Path(__file__).parent.parent / "vidcompress" / "eval" / "tinyqa" / "data"
+from vidcompress.eval.tinyqa.frozen import EDITIONS, data, make
 
 
 def main() -> None:
     """Draws clips and questions anew."""
-    arrays, questions = make()
-    FOLDER.mkdir(exist_ok=True)
-    np.savez_compressed(FOLDER / "clips.npz", **arrays)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=sorted(EDITIONS), help="the set whose files are overwritten")
+    suite = parser.parse_args().suite
+    arrays, questions = make(suite)
+    pixels, words = data(suite)
+    pixels.parent.mkdir(exist_ok=True)
+    np.savez_compressed(pixels, **arrays)
     lines = ",\n".join(json.dumps(of_clip) for of_clip in questions)
-    (FOLDER / "questions.json").write_text(f"[{lines}]\n", encoding="utf-8")
-    size = (FOLDER / "clips.npz").stat().st_size
-    print(f"{len(questions)} clips, {sum(map(len, questions))} questions, {size} bytes")
+    words.write_text(f"[{lines}]\n", encoding="utf-8")
+    print(f"{len(questions)} clips, {sum(map(len, questions))} questions, {pixels.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,28 @@ def test_counts_are_those_of_the_trace(model, sheets):
     assert (inner.before, inner.kept, inner.mean_kept) == (864, 432, 648)  # from layer 2 of 4
 
 
+@pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
+@pytest.mark.parametrize("compression", [None, "fastvid", "fastv"])
+def test_clips_of_two_sizes_in_one_suite(compression, backbone):
+    """A tall clip is answered alike whether a wide one was asked before or not; tokens are those of its own grid."""
+    path = checkpoints.path(backbone)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype="float32").eval()
+    sheets = asking.prepare(model, AutoProcessor.from_pretrained(path), load_suite("tinyqa-wide", 2))
+    assert [sheet.clip.frames.shape[1:3] for sheet in sheets] == [(60, 84), (84, 60)]
+
+    def ask(some: list[asking.Sheet]) -> list[asking.Reply]:
+        handle = None if compression is None else vidcompress.apply(model, compression, retention_ratio=0.3)
+        try:
+            return [asking.ask(model, sheet) for sheet in some]
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    after, alone = ask(sheets)[1], ask(sheets[1:])[0]
+    assert (after.choices, after.kept, after.mean_kept) == (alone.choices, alone.kept, alone.mean_kept)
+    assert after.before == {"llava_onevision": 24 * 6 * 6, "qwen2_vl": 12 * 7 * 5}[backbone]
+
+
 # -- runs and files ----------------------------------------------------------------------------------------------------
 def evaluated(model, processor, **settings) -> Results:
     return list(run.evaluate(model, processor, name="tiny", limit=2, **settings))[-1][0]

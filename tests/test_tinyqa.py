@@ -9,13 +9,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vidcompress.eval.suites import load_suite
+from vidcompress.eval.suites import SUITES, load_suite
 from vidcompress.eval.tinyqa import FRAMES, SIDE, TYPES, invent, questions_about, render
-from vidcompress.eval.tinyqa.frozen import DATA, FIRST_SEED, make
+from vidcompress.eval.tinyqa.frozen import EDITIONS, HELD, data, make, shown
 from vidcompress.eval.tinyqa.render import draw
 from vidcompress.eval.tinyqa.scenes import COLOURS, DIRECTIONS, SHAPES, STILL, Flash, Scene, Shape, Story
 
 PLAIN, DOTS = 0, 4
+
+every_suite = pytest.mark.parametrize("suite", SUITES)
 
 
 def shape(colour: str, kind: str, radius: float, start: tuple[float, float], end: tuple[float, float], frames: int):
@@ -106,40 +108,88 @@ def test_the_same_seed_is_the_same_clip():
     assert wide.shape == (8, 60, 84, 3)
 
 
-def test_the_evaluation_set():
-    clips = load_suite("tinyqa")
-    assert len(clips) == 120 and {clip.frames.shape for clip in clips} == {(24, 72, 72, 3)}
+@pytest.mark.parametrize(
+    ("suite", "sizes", "least", "pixels", "words"),
+    [
+        ("tinyqa", [(72, 72)], 60, "61212539e7c0b43d", "d214f222cb291eaf"),
+        ("tinyqa-wide", [(60, 84), (84, 60)], 29, "607a429aa0a8ad78", "c90973be9bad6d80"),
+    ],
+)
+def test_the_evaluation_sets(suite, sizes, least, pixels, words):
+    clips = load_suite(suite)
+    assert len(clips) == EDITIONS[suite].clips
+    for i, clip in enumerate(clips):
+        assert clip.frames.shape == (FRAMES, *sizes[i % len(sizes)], 3)
     asked = Counter(q.type for clip in clips for q in clip.questions)
-    assert set(asked) == set(TYPES) and len(TYPES) >= 9 and min(asked.values()) >= 60 and asked.total() == 960
-    assert sum((DATA / name).stat().st_size for name in ("clips.npz", "questions.json")) < 12e6
-    pixels = hashlib.sha256(b"".join(clip.frames.tobytes() for clip in clips)).hexdigest()
-    assert pixels.startswith("61212539e7c0b43d")
-    words = hashlib.sha256(repr([clip.questions for clip in clips]).encode()).hexdigest()
-    assert words.startswith("d214f222cb291eaf")
+    assert set(asked) == set(TYPES) and asked.total() == 8 * len(clips) and min(asked.values()) >= least
+    assert sum(path.stat().st_size for path in data(suite)) < 3e6
+    assert hashlib.sha256(b"".join(clip.frames.tobytes() for clip in clips)).hexdigest().startswith(pixels)
+    assert hashlib.sha256(repr([clip.questions for clip in clips]).encode()).hexdigest().startswith(words)
 
 
-def test_guessing_does_not_help():
+@every_suite
+def test_guessing_does_not_help(suite):
     """Of no type is one answer right more often than in half of the questions."""
     for kind in TYPES:
-        answers = Counter(q.answer for clip in load_suite("tinyqa") for q in clip.questions if q.type == kind)
+        answers = Counter(q.answer for clip in load_suite(suite) for q in clip.questions if q.type == kind)
         assert max(answers.values()) / answers.total() < 0.5, kind
 
 
-def test_it_can_be_made_anew():
+@every_suite
+def test_it_can_be_made_anew(suite):
     """The generator still gives the set that ships, but for pixels that the last digit of a sine decides."""
-    arrays, questions = make()
-    with (DATA / "clips.npz").open("rb") as file, np.load(file) as shipped:
-        assert np.mean(arrays["clean"] != shipped["clean"]) < 1e-3
-    assert arrays["seeds"][0] == FIRST_SEED
-    assert questions == json.loads((DATA / "questions.json").read_text(encoding="utf-8"))
+    arrays, questions = make(suite)
+    with np.load(data(suite)[0]) as shipped:
+        assert shipped.files == [*arrays]
+        assert all(np.mean(arrays[name] != shipped[name]) < 1e-3 for name in arrays)
+    assert questions == json.loads(data(suite)[1].read_text(encoding="utf-8"))
+
+
+def test_no_clip_is_in_two_sets():
+    seeds = {suite: range(e.first_seed, e.first_seed + e.clips) for suite, e in EDITIONS.items()}
+    assert all(min(own) >= 1 << 40 for own in seeds.values())  # training draws below
+    assert not set(seeds["tinyqa"]) & set(seeds["tinyqa-wide"])
+
+
+def runs(equal: np.ndarray) -> list[int]:
+    """How many frames every stretch of equal ones has, of whether each but the first repeats the one before."""
+    cuts = np.flatnonzero(np.r_[True, ~equal, True])
+    return np.diff(cuts).tolist()
+
+
+def test_half_of_a_wide_clip_stands_still():
+    with np.load(data("tinyqa-wide")[0]) as arrays:
+        clips = [clip for name in ("clean_60x84", "clean_84x60") for clip in arrays[name]]
+    for clip in clips:
+        repeats = (clip[1:] == clip[:-1]).all((1, 2, 3))
+        assert repeats.sum() >= FRAMES / 2 and max(runs(repeats)) >= HELD
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_frames_are_held_but_not_a_digit(seed):
+    story = invent(seed, 60, 84, 12)
+    frames = shown(story)
+    assert np.unique(frames).tolist() == list(range(12)) and len(frames) == FRAMES
+    lengths = Counter(frames.tolist())
+    assert set(lengths.values()) - {1} and all(n == 1 or n >= HELD for n in lengths.values())
+    digit = 1 + sum(len(scene.shapes) for scene in story.scenes)
+    visible = (draw(story)[1][frames] == digit).any((1, 2)).sum()
+    assert visible == (story.flash.length if story.flash else 0)
+    assert shown(invent(seed)).tolist() == list(range(FRAMES))  # none is held where the story is long enough
 
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_limits_that_leave_nothing(limit):
-    with pytest.raises(ValueError, match=f"limit={limit} leaves no question"):
-        load_suite("tinyqa", limit)
+    with pytest.raises(ValueError, match=f"limit={limit} leaves no question to ask; expected 1 to 80 clips"):
+        load_suite("tinyqa-wide", limit)
+
+
+def test_a_limit_takes_the_first_clips():
+    assert [clip.name for clip in load_suite("tinyqa-wide", 2)] == ["tinyqa-wide-000", "tinyqa-wide-001"]
 
 
 def test_unknown_suites():
-    with pytest.raises(ValueError, match=r"there is no suite 'tinyq'.*did you mean 'tinyqa'"):
+    with pytest.raises(
+        ValueError, match=r"there is no suite 'tinyq'; there are: tinyqa, tinyqa-wide; did you mean 'tinyqa'"
+    ):
         load_suite("tinyq")

@@ -57,7 +57,7 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    suite: Annotated[str, typer.Option(help="What to ask: tinyqa.")] = "tinyqa",
+    suite: Annotated[str, typer.Option(help="What to ask: tinyqa or tinyqa-wide.")] = "tinyqa",
     methods: Annotated[str, typer.Option(help="By comma, or all (but those that take minutes).")] = "all",
     retention: Annotated[str, typer.Option(help="Retention ratios by comma; 1.0 asks without compression.")] = RATIOS,
     model: Annotated[

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vidcompress.eval.tinyqa.questions import Question
 
 SUITES: dict[str, str] = {
-    "tinyqa": "120 rendered clips of 24 frames, 8 questions each: an instrument for regressions, not VideoMME"
+    "tinyqa": "120 rendered clips of 24 frames, 8 questions each: an instrument for regressions, not VideoMME",
+    "tinyqa-wide": "80 more, of wide and of tall frames, with long still stretches",
 }
 """Names and what they are."""
 
@@ -38,7 +39,7 @@ def load_suite(name: str, limit: int | None = None) -> tuple[Clip, ...]:
         raise ValueError(f"there is no suite {name!r}; there are: {', '.join(SUITES)}{hint}")
     from vidcompress.eval.tinyqa.frozen import frozen
 
-    clips = frozen()[:limit]
-    if (limit is not None and limit < 1) or not any(clip.questions for clip in clips):
-        raise ValueError(f"limit={limit} leaves no question to ask; expected 1 to {len(frozen())} clips")
-    return clips
+    clips = frozen(name)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no question to ask; expected 1 to {len(clips)} clips")
+    return clips[:limit]
