@@ -14,6 +14,8 @@ import vidcompress
 from vidcompress.eval import asking, checkpoints, run, tables, trainings
 from vidcompress.eval.results import Results, Run
 from vidcompress.eval.suites import load_suite
+from vidcompress.method import Method, list_methods
+from vidcompress.tokens import Reduction, Site, VideoTokens
 from vidcompress.video import Video, prepare_inputs
 
 PATH = checkpoints.path("llava_onevision")
@@ -101,7 +103,7 @@ def test_clips_of_two_sizes_in_one_suite(compression, backbone):
 
 # -- runs and files ----------------------------------------------------------------------------------------------------
 def evaluated(model, processor, **settings) -> Results:
-    return list(run.evaluate(model, processor, name="tiny", limit=2, **settings))[-1][0]
+    return list(run.evaluate(model, processor, name="tiny", **{"limit": 2} | settings))[-1][0]
 
 
 def test_an_interrupted_run_goes_on(model, processor, tmp_path):
@@ -120,6 +122,84 @@ def test_an_interrupted_run_goes_on(model, processor, tmp_path):
     assert list(run.evaluate(model, processor, name="tiny", limit=2, **settings)) == []
     fresh = evaluated(model, processor, methods=["random", "fastvid"], retention_ratios=[0.5, 0.1])
     assert [r.choices for r in fresh.runs] == [r.choices for r in whole.runs]
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """`random` draws from torch's own generator, as a method of someone else might."""
+
+    def reduce(self: Method, tokens: VideoTokens, site: Site) -> Reduction:
+        kept = torch.randperm(len(tokens))[: self.budget(tokens.grid)].sort().values
+        return Reduction(kept, len(tokens))
+
+    monkeypatch.setattr(list_methods()["random"], "reduce", reduce)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """Names of the clips that are asked about; a KeyboardInterrupt comes before the one after the seventh."""
+    names: list[str] = []
+
+    def ask(model: torch.nn.Module, sheet: asking.Sheet) -> asking.Reply:
+        if len(names) == 7:
+            raise KeyboardInterrupt
+        names.append(sheet.clip.name)
+        return asking.ask(model, sheet)
+
+    monkeypatch.setattr(run, "ask", ask)
+    return names
+
+
+def test_a_run_that_is_interrupted_goes_on_with_the_next_clip(drawing, asked, model, processor, tmp_path, monkeypatch):
+    out, part = tmp_path / "results.json", tmp_path / "results.json.part"
+    settings = {"methods": ["random"], "retention_ratios": [0.02], "limit": 5, "out": out}
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(model, processor, **settings)
+    half = json.loads(part.read_text())
+    assert asked == [f"tinyqa-{i:03d}" for i in [0, 1, 2, 3, 4, 0, 1]] and len(half["replies"]) == 2
+    part.write_text(json.dumps(half | {"seconds": 1000.0}))
+    asked.clear()
+    torch.manual_seed(99)  # another process begins elsewhere
+    whole = evaluated(model, processor, **settings)
+    assert asked == ["tinyqa-002", "tinyqa-003", "tinyqa-004"]
+    assert whole.runs[1].seconds > 1000 and [path.name for path in tmp_path.iterdir()] == [out.name]
+    monkeypatch.setattr(run, "ask", asking.ask)
+    fresh = evaluated(model, processor, **settings | {"out": None})
+    assert [(r.choices, r.before, r.kept, r.mean_kept) for r in whole.runs] == [
+        (r.choices, r.before, r.kept, r.mean_kept) for r in fresh.runs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("schema", 0),
+        ("suite", {"name": "other"}),
+        ("model", {"name": "other"}),
+        ("setup", {"torch": "0.1"}),
+        ("method", "uniform_tokens"),
+        ("retention_ratio", 0.5),
+        ("settings", []),
+    ],
+)
+def test_a_part_of_another_run_is_not_taken(fact, value, asked, model, processor, tmp_path):
+    out, part = tmp_path / "results.json", tmp_path / "results.json.part"
+    settings = {"methods": ["random"], "retention_ratios": [0.02], "limit": 6, "out": out}
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(model, processor, **settings)
+    half = json.loads(part.read_text())
+    assert fact in half["run"]
+    part.write_text(json.dumps(half | {"run": half["run"] | {fact: value}}))
+    asked.clear()
+    evaluated(model, processor, **settings)
+    assert asked == [f"tinyqa-{i:03d}" for i in range(6)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "no json"])
+def test_a_part_that_is_none_is_overwritten(text, model, processor, tmp_path):
+    (tmp_path / "results.json.part").write_text(text)
+    assert len(evaluated(model, processor, out=tmp_path / "results.json").runs) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_ratios_that_a_method_does_not_go_to_are_left_out(model, processor):

@@ -109,10 +109,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, self.to_json() + "\n")
 
     def to_json(self) -> str:
         """The file's text: a line a field and a line a run."""
@@ -163,6 +160,14 @@ def empty_results(suite: str, clips: Sequence[Clip], model: nn.Module, name: str
         types=[question.type for _, question in asked],
         answers="".join(str(question.options.index(question.answer)) for _, question in asked),
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _of_suite(clips: Sequence[Clip]) -> str:

@@ -1,4 +1,4 @@
-"""The loop of an evaluation: every method at every retention ratio, resumed where it stopped."""
+"""The loop of an evaluation: every method at every retention ratio, resumed at the clip where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import transformers
 import vidcompress
 from vidcompress.config import load
 from vidcompress.eval.asking import Sheet, ask, prepare
-from vidcompress.eval.results import COUNTED, Results, Run, empty_results
+from vidcompress.eval.progress import Progress
+from vidcompress.eval.results import COUNTED, SCHEMA, Results, Run, empty_results
 from vidcompress.eval.suites import load_suite
 from vidcompress.method import Pipeline, list_methods
 from vidcompress.profiling import machine
@@ -60,7 +61,9 @@ def evaluate(
         retention_ratios: 1.0 asks without compression, once for all methods; a ratio that a method refuses is left out
             of its runs and of the tables, where it shows as a dash.
         limit: the first so many clips only.
-        out: results file, written after every run; runs that it holds are not repeated.
+        out: results file, written after every run; runs that it holds are not repeated. Beside it, in `<out>.part`, are
+            the answers of the run that is being asked: an interrupted one goes on with the next clip. A part of another
+            suite, model, method, ratio, setting, schema, version or machine is not taken, and overwritten.
 
     Yields:
         All results so far and the newest run, after every run.
@@ -81,13 +84,20 @@ def evaluate(
         before = Results.load(out)
         before.continues(results, out)
         results = before
+    part = None if out is None else out.with_name(out.name + ".part")
+    facts = {"schema": SCHEMA, "suite": results.suite, "model": results.model, "setup": setup}
     sheets = prepare(model, processor, clips)
     pairs = [(NONE, 1.0), *((m, r) for m in methods for r in retention_ratios if r < 1 and m != NONE)]
     for method, ratio in pairs:
         if results.find(method, ratio) is None and (compression := _loaded(method, ratio)) is not False:
-            results.runs.append(_run(model, sheets, method, ratio, compression))
+            settings = [{"method": m.name, **m.settings()} for m in compression or ()]
+            run = facts | {"method": method, "retention_ratio": ratio, "settings": settings}
+            progress = Progress.load(part, run)
+            _ask_rest(model, sheets, compression, progress)
+            results.runs.append(_run(progress))
             if out is not None:
                 results.save(out)
+            progress.forget()
             yield results, results.runs[-1]
         if method == NONE:
             _refuse_guessing(results)
@@ -121,23 +131,30 @@ def _loaded(method: str, ratio: float) -> Any:
         return False
 
 
-def _run(model: Any, sheets: Sequence[Sheet], name: str, ratio: float, compression: Pipeline | None) -> Run:
-    start = time.perf_counter()
+def _ask_rest(model: Any, sheets: Sequence[Sheet], compression: Pipeline | None, progress: Progress) -> None:
+    """Asks about the clips that `progress` lacks."""
+    start = time.perf_counter() - progress.seconds
     handle = None if compression is None else vidcompress.apply(model, list(compression))
     try:
-        torch.manual_seed(0)
-        replies = [ask(model, sheet) for sheet in sheets]
+        for i in range(len(progress.replies), len(sheets)):
+            torch.manual_seed(i)  # what a method draws does not hang on the clips before, which may be of a run before
+            reply = ask(model, sheets[i])
+            progress.add(reply, time.perf_counter() - start)
     finally:
         if handle is not None:
             handle.remove()
+
+
+def _run(progress: Progress) -> Run:
+    replies = progress.replies
     return Run(
-        method=name,
-        retention_ratio=ratio,
-        settings=[{"method": m.name, **m.settings()} for m in compression or ()],
+        method=progress.run["method"],
+        retention_ratio=progress.run["retention_ratio"],
+        settings=progress.run["settings"],
         choices="".join(str(choice) for reply in replies for choice in reply.choices),
         before=statistics.fmean(reply.before for reply in replies),
         kept=statistics.fmean(reply.kept for reply in replies),
         mean_kept=statistics.fmean(reply.mean_kept for reply in replies),
         compression_ms=statistics.median(reply.compression_ms for reply in replies),
-        seconds=time.perf_counter() - start,
+        seconds=progress.seconds,
     )
