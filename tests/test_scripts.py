@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidcompress.method import list_methods
 
@@ -120,11 +124,58 @@ def test_train_tiny(backbone, tmp_path, monkeypatch):
     first = train("--vision-steps", "2", "--language-steps", "2", "1", "--drops")
     second = train("--after", str(tmp_path), "--language-steps", "2", "1", "1")
     assert first["backbone"] == second["backbone"] == backbone and second["cpu_seconds"] > first["cpu_seconds"]
+    assert first["device"] == "cpu" and second["seconds"] > first["seconds"] > 0
     with pytest.raises(SystemExit):
         train("--language-steps", "1", "1", "1", "1")
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            train("--device", "cuda")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
     (sheet,) = asking.prepare(model, AutoProcessor.from_pretrained(tmp_path), load_suite("tinyqa", 1))
     assert asking.ask(model, sheet).before == (864 if backbone == "llava_onevision" else 432)
+
+
+class Placed(TorchFunctionMode):
+    """Follows, on the CPU, which tensors were put onto the model's device: its weights, what names a device when it is
+    made or moved, and what is computed from such alone. Refuses a computation that also takes another tensor."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.placed = WeakTensorKeyDictionary()
+        self.place([*model.parameters(), *model.buffers()])
+
+    def place(self, result: object) -> None:
+        self.placed.update((t, True) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        given = tree_leaves((args, kwargs))
+        tensors = [t for t in given if isinstance(t, torch.Tensor)]
+        here = [t in self.placed for t in tensors]
+        if any(isinstance(value, torch.device) for value in given) or (tensors and all(here)):
+            self.place(result)
+        elif any(here):
+            strays = [tuple(t.shape) for t, own in zip(tensors, here) if not own and t.ndim]
+            assert not strays, f"{function} takes tensors {strays} that are not on the model's device"
+            self.place(result)
+        return result
+
+
+@pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
+def test_training_keeps_to_one_device(backbone, monkeypatch):
+    """Where there is no other device to train on: that all tensors go to the model's, as far as Python sees them."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    language, models, vision = (
+        importlib.import_module(f"tinytrain.{name}") for name in ("language", "models", "vision")
+    )
+    student = models.STUDENTS[backbone]()
+    monkeypatch.setattr(language, "PARTS", (dataclasses.replace(language.PARTS[0], curriculum=((1.0, (4,)),)),))
+    with Placed(student.model):
+        vision.train_vision(student, 1, 0)
+        language.train_language(student, 0, 2, 0, drops=True)
+        with pytest.raises(AssertionError, match="not on the model's device"):
+            student.decoder.embed_tokens(torch.tensor([1]))
 
 
 def test_launches_do_not_grow_with_the_video():

@@ -101,7 +101,7 @@ class Lessons:
         questions = [q for _, known in picked for q in spread(known, PACKED, self.rng)]
         video = torch.stack([tokens for tokens, _ in picked]).float()
         embeds, positions = self._prompt(video, frames, height, width)
-        ids = torch.tensor([block(q) for q in questions]).view(BATCH, PACKED * BLOCK)
+        ids = torch.tensor([block(q) for q in questions], device=video.device).view(BATCH, PACKED * BLOCK)
         embeds = torch.cat([embeds, self.student.decoder.embed_tokens(ids)], 1)
         mask, positions = pack(positions)
         return embeds, mask, positions, questions
@@ -110,20 +110,26 @@ class Lessons:
     def _fill(self, shelf: Shelf, count: int, frames: int, height: int, width: int) -> None:
         stories = [invent(int(s), height, width, frames) for s in self.rng.integers(1 << 40, size=count)]
         pixels = torch.from_numpy(np.stack([render(story) for story in stories]))
-        tokens = self.student.patches(pixels)["tokens"].half().reshape(count, -1, TEXT["hidden_size"])
+        tokens = (
+            self.student.patches(pixels.to(self.student.device))["tokens"]
+            .half()
+            .reshape(count, -1, TEXT["hidden_size"])
+        )
         for i, story in enumerate(stories):
             shelf.add((tokens[i].clone(), questions_about(story)), self.rng)
 
     def _prompt(self, video: Tensor, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Everything before the questions: [B, n, D] and its positions [A, n]."""
-        student = self.student
+        student, device = self.student, video.device
         words = student.decoder.embed_tokens
-        before, after = (words(torch.tensor(ids, dtype=torch.long)) for ids in (student.before, student.after))
-        positions = student.positions(frames // student.stride, height // CELL, width // CELL)
+        around = (torch.tensor(ids, dtype=torch.long, device=device) for ids in (student.before, student.after))
+        before, after = map(words, around)
+        positions = student.positions(frames // student.stride, height // CELL, width // CELL).to(device)
         total, start = video.shape[1], len(student.before)
         if self.drops and self.rng.random() < 0.5:
             kept = int(self.rng.uniform(*KEPT) * total)
-            chosen = torch.from_numpy(np.stack([np.sort(self.rng.permutation(total)[:kept]) for _ in range(BATCH)]))
+            drawn = np.stack([np.sort(self.rng.permutation(total)[:kept]) for _ in range(BATCH)])
+            chosen = torch.from_numpy(drawn).to(device)
             video = video.gather(1, chosen[..., None].expand(-1, -1, video.shape[-1]))
             kept_places = (start + chosen)[None].expand(len(positions), -1, -1)
             rows = positions[:, None].expand(-1, BATCH, -1)
@@ -143,11 +149,11 @@ def block(question: Question) -> list[int]:
 
 def pack(prefix: Tensor) -> tuple[Tensor, Tensor]:
     """The mask [1, 1, L, L] and positions [A, B, L] of PACKED questions after a prefix with positions [A, B, n]."""
-    start = prefix.shape[-1]
-    mask = torch.ones(start + PACKED * BLOCK, start + PACKED * BLOCK, dtype=torch.bool).tril()
+    start, device = prefix.shape[-1], prefix.device
+    mask = torch.ones(start + PACKED * BLOCK, start + PACKED * BLOCK, dtype=torch.bool, device=device).tril()
     for first in range(start, len(mask), BLOCK):
         mask[first : first + BLOCK, start:first] = False
-    own = prefix[..., -1].amax() + 1 + torch.arange(BLOCK).repeat(PACKED)
+    own = prefix[..., -1].amax() + 1 + torch.arange(BLOCK, device=device).repeat(PACKED)
     return mask[None, None], torch.cat([prefix, own.expand(*prefix.shape[:2], -1)], -1)
 
 
@@ -184,19 +190,19 @@ def train_language(student: Student, part: int, steps: int, seed: int, drops: bo
     made[1].add_param_group({"params": extra})
     lessons, log = Lessons(student, part, seed, drops), []
     right: dict[str, list[bool]] = defaultdict(list)
-    start, end_of_turn = time.process_time(), VOCABULARY["<|im_end|>"]
+    start, end_of_turn, device = time.process_time(), VOCABULARY["<|im_end|>"], student.device
     for step in range(steps):
         for optimiser in made:
             for group in optimiser.param_groups:
                 group["lr"] = schedule(PARTS[part].rate, step, step / steps, warm=100)
         embeds, mask, positions, questions = lessons.batch(step / steps)
         states = student.decode(embeds, mask, positions)
-        asked = torch.tensor([len(encode(q.text)) + 2 for q in questions]).view(BATCH, PACKED)
-        asked = asked + torch.arange(PACKED) * BLOCK + embeds.shape[1] - PACKED * BLOCK
-        rows = torch.arange(BATCH)[:, None]
+        asked = torch.tensor([len(encode(q.text)) + 2 for q in questions], device=device).view(BATCH, PACKED)
+        asked = asked + torch.arange(PACKED, device=device) * BLOCK + embeds.shape[1] - PACKED * BLOCK
+        rows = torch.arange(BATCH, device=device)[:, None]
         logits, ends = head(states[rows, asked]).flatten(0, 1), head(states[rows, asked + 1]).flatten(0, 1)
-        answers = torch.tensor([VOCABULARY[q.answer] for q in questions])
-        weights = torch.tensor([PARTS[part].weights.get(q.type, 1.0) for q in questions])
+        answers = torch.tensor([VOCABULARY[q.answer] for q in questions], device=device)
+        weights = torch.tensor([PARTS[part].weights.get(q.type, 1.0) for q in questions], device=device)
         loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
         total = loss + 0.05 * F.cross_entropy(ends, torch.full_like(answers, end_of_turn))
         for optimiser in made:

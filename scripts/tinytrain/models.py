@@ -67,7 +67,8 @@ class Student(ABC):
 
     @abstractmethod
     def positions(self, frames: int, height: int, width: int) -> Tensor:
-        """Rotary positions [A, L] of `before`, the video of `frames` rows of tokens and `after`; A is 1 or 3."""
+        """Rotary positions [A, L] of `before`, the video of `frames` rows of tokens and `after`, on the CPU; A is 1 or
+        3."""
 
     def between(self, batch: int) -> Tensor:
         """Embeddings [B, n, D] that stand right after the video's tokens and are no words."""
@@ -78,6 +79,11 @@ class Student(ABC):
         places = positions[0] if len(positions) == 1 else positions.expand(-1, len(embeds), -1)
         out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False)
         return out.last_hidden_state
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; its inputs are to be there too."""
+        return self.model.device
 
     @property
     def extra(self) -> list[nn.Parameter]:
@@ -96,7 +102,7 @@ class Student(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes checkpoint and processor, bf16."""
+        """Writes checkpoint and processor, bf16, of a model on the CPU."""
 
     def load(self, folder: Path) -> None:
         """Takes the weights of a checkpoint that `save` wrote, its pooling head beside it."""
@@ -257,7 +263,7 @@ class Qwen2VL(Student):
         pixels = (frames.float() / 255 - 0.5) / 0.5
         pixels = pixels.view(batch * time // 2, 2, rows, 2, PATCH, columns, 2, PATCH, 3)
         pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * 2 * PATCH * PATCH)
-        grid = torch.tensor([[time // 2, 2 * rows, 2 * columns]]).expand(batch, -1)
+        grid = torch.tensor([[time // 2, 2 * rows, 2 * columns]], device=frames.device).expand(batch, -1)
         out = self.model.model.visual(pixels, grid_thw=grid, output_hidden_states=True)
 
         def in_rows(states: Tensor) -> Tensor:

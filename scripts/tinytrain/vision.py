@@ -178,7 +178,7 @@ def schedule(rate: float, step: int, done: float, warm: int = 60) -> float:
 
 def train_vision(student: Student, steps: int, seed: int, rate: float = 4e-3) -> list[dict[str, float]]:
     """Trains the student's eyes; returns a log of losses and accuracies over tokens that show something."""
-    labels = Labels(student.has_head, student.knows_place)
+    labels = Labels(student.has_head, student.knows_place).to(student.device)
     made, parameters = optimisers([*student.eyes, labels], rate)
     rng, log, start = np.random.default_rng((seed, 4)), [], time.process_time()
     for step in range(steps):
@@ -188,7 +188,8 @@ def train_vision(student: Student, steps: int, seed: int, rate: float = 4e-3) ->
         height, width = student.sizes[int(rng.integers(len(student.sizes)))]
         seeds = rng.integers(1 << 40, size=BATCH).tolist()
         pictures, batch = make_batch(student.knows_place, seeds, student.stride, height, width)
-        loss, report = labels(student.patches(pictures), batch)
+        batch = {name: values.to(student.device) for name, values in batch.items()}
+        loss, report = labels(student.patches(pictures.to(student.device)), batch)
         for optimiser in made:
             optimiser.zero_grad()
         loss.backward()
