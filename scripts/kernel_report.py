@@ -168,7 +168,7 @@ def density_clusters(module: Any) -> None:
 
 
 def retention_pool(module: Any, dtype: torch.dtype) -> None:
-    module.retention_pool(torch.empty(4096, 3584, dtype=dtype), torch.arange(4096), 0.8, 600)
+    module.retention_pool(torch.empty(5000, 3584, dtype=dtype), torch.arange(5000), 0.8, 600)
 
 
 def spectral_entropies(module: Any, dtype: torch.dtype) -> None:

@@ -151,12 +151,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="fastvid,infomerge,unified_pool", help="names, between commas")
     parser.add_argument("--grid", default="32x9x9", help="frames x rows x columns of tokens")
-    parser.add_argument("--channels", type=int, default=512, help="only the spectral entropy's launches depend on them")
+    parser.add_argument("--channels", type=int, default=704, help="only the spectral entropy's launches depend on them")
     parser.add_argument("--retention", type=float, default=0.1)
+    parser.add_argument("--long", type=int, help="from so many tokens on density peaks are searched tile by tile")
     parser.add_argument("--where", action="store_true", help="say from which line, too")
     options = parser.parse_args()
     every = [Seen()]
     as_on_a_gpu(every)
+    if options.long:
+        importlib.import_module("vidcompress.ops.density_peaks.torch").TILED_ABOVE = options.long
     device = torch.device("cpu")
     tokens = synthetic(sides_of(options.grid), options.channels, torch.bfloat16, device)
     print(f"{'method':16} {'launches':>8} {'copies':>6} {'waits':>5}  of them kernels")

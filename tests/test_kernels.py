@@ -366,7 +366,7 @@ def test_the_nearest_anchor_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     test_the_nearest_anchor_is_that_of_the_definition("still 0.000001", "euclidean")
 
 
-@pytest.mark.parametrize("block", [70, 2048])
+@pytest.mark.parametrize("block", [70, 4096])
 @pytest.mark.parametrize("threshold", [0.5, 0.95, 1.0, 1.1])
 @pytest.mark.parametrize("case", pools.TOKENS)
 def test_the_pool_is_that_of_the_definition(

@@ -181,20 +181,19 @@ def test_training_keeps_to_one_device(backbone, monkeypatch):
 def test_launches_do_not_grow_with_the_video():
     pytest.importorskip("triton")
     seen = []
-    for frames in (16, 32):
-        command = [sys.executable, str(SCRIPTS / "launch_report.py"), "--methods", "fastvid,infomerge"]
-        command += ["--grid", f"{frames}x3x3", "--channels", "96", "--retention", "0.4"]
+    for methods, grid in (("fastvid,infomerge", "16x3x3"), ("fastvid,infomerge", "32x3x3"), ("unified_pool", "16x3x3")):
+        command = [sys.executable, str(SCRIPTS / "launch_report.py"), "--methods", methods]
+        command += ["--grid", grid, "--channels", "96", "--retention", "0.4", "--long", "100"]
         run = subprocess.run(
             command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(SCRIPTS.parent))
         )
         assert run.returncode == 0, run.stderr
         rows = [line.split(maxsplit=4) for line in run.stdout.splitlines()[1:]]
         seen.append({name: (int(launches), int(copies), int(waits)) for name, launches, copies, waits, _ in rows})
-        assert all("join" in kernels for *_, kernels in rows)
+        assert all("merge" in kernels for *_, kernels in rows)
     assert seen[0]["fastvid"] == seen[1]["fastvid"] and abs(seen[0]["infomerge"][0] - seen[1]["infomerge"][0]) <= 2
-    launches, copies, waits = seen[0]["fastvid"]
-    assert launches + copies <= 60 and waits <= 3
-    assert seen[0]["infomerge"][0] < 150 and seen[0]["infomerge"][2] <= 8
+    for counts in seen:
+        assert all(launches <= 60 and waits <= 3 for launches, _, waits in counts.values())
 
 
 @pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])

@@ -49,8 +49,8 @@ def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
     draw, reductions = torch.Generator().manual_seed(1), []
     features, index = tokens.features, torch.arange(len(tokens), device=tokens.features.device)
     notes: dict[str, Any] = {}
-    entered = len(tokens)
-    for site in method.sites():
+    entered, sites = len(tokens), [*method.sites()]
+    for site in sites:
         signals = dict(tokens.signals)
         if site.is_inner:
             names = method.needs & {"text_attention", "last_query_attention", "last_query_attention.previous"}
@@ -65,7 +65,8 @@ def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
             seen = VideoTokens(features, tokens.grid, index if site.is_inner else None, signals, notes, entered)
             reduction = method.decide(seen, site)
         reductions.append(reduction)
-        notes, features, index = {**notes, **reduction.notes}, features[reduction.keep], index[reduction.keep]
+        if len(reductions) < len(sites):  # the next one sees what this one keeps
+            notes, features, index = {**notes, **reduction.notes}, features[reduction.keep], index[reduction.keep]
         entered = entered if site.is_inner else len(reduction)
     return reductions
 

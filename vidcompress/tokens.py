@@ -242,11 +242,13 @@ class Reduction:
             alone: so many triplets, the first ones, only say that a survivor is handed on as it is.
             replaced, segments: as for `ops.with_means`.
         """
-        _, *triplets = self._map()
+        _, slot, source, weight = self._map()
         # One wait tells how many triplets there are and whether those they come from are lawful.
-        *mixed, wrong = through_means(*triplets, alone, replaced, segments, self._breaches())
+        asked = self._breaches()
+        slot, source, weight, wrong = through_means(slot, source, weight, alone, replaced, segments, asked)
         self._refuse(wrong)
-        slot, source, weight = mixed if len(mixed[0]) else (None, None, None)
+        if not len(slot):
+            return replace(self, slot=None, source=None, weight=None, lawful=True)
         return replace(self, slot=slot, source=source, weight=weight, lawful=True)
 
     def _map(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

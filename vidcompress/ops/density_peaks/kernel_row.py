@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.density_peaks import tiled
-from vidcompress.ops.density_peaks.kernel_search import ROUNDING, SPLITS, is_short, search, tile_of
+from vidcompress.ops.density_peaks.kernel_search import ROUNDING, SPLITS, _is_short, search, tile_of
 from vidcompress.ops.hashing import factors
 from vidcompress.ops.launch import INTERPRETED, launch
 
@@ -26,93 +26,132 @@ MANY = 1 << 14 if INTERPRETED else 1024
 
 def row_scores(tokens: Tensor, candidates: Tensor, neighbours: int, ties: str) -> Tensor | None:
     """`density_peaks` of tokens [n, C] and candidates [n], as [n] fp32; None if another search has to tell more."""
-    (n, channels), stride, device = tokens.shape, tokens.stride(0), tokens.device
-    half, wide = tokens.dtype in (torch.bfloat16, torch.float16), tokens.dtype == torch.float64
-    some, all_of = (triton.cdiv(n, ROWS),), (triton.cdiv(n, MANY),)
-    unit = ROUNDING * tiled.NOISE * float(channels) ** 0.5
+    row = Row(tokens)
+    row.list_candidates(candidates)
+    row.place()
+    near, density, far = row.densities(neighbours)
+    delta = row.deltas(near, density, ties)
+    scores = row.scores(density, delta, far, ties)
+    return None if int(row.flags[0]) else scores
 
-    def empty(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
 
-    flags = torch.zeros(2, dtype=torch.long, device=device)  # whether some row is in doubt; the largest distance's bits
-    every = torch.arange(n, device=device)
-    # 1. The candidates, and of copies the first.
-    chosen, counts = empty(n), empty(2)
-    marks = candidates.contiguous().view(torch.uint8)
-    launch(_list, (1,), marks, marks, chosen, marks, counts, counts, n, PAYLOAD=False, B=MANY, num_warps=8)
-    value = empty(n)
-    launch(
-        _hash, some, tokens, chosen, counts, factors(channels, device), value, n, channels, stride,
-        WIDE=wide, R=ROWS, BK=256, num_warps=4,
-    )  # fmt: skip
-    value, order = value.sort(stable=True)
-    copies, first = empty(n), empty(n)
-    launch(_kinds, all_of, value, order, counts, copies, first, n, n.bit_length(), B=MANY, num_warps=4)
-    # 2. Where to look from: half-precision tokens stay where they are, unless most of their length is their mean.
-    parts = triton.cdiv(channels, 64)
-    middle = empty(channels, dtype=torch.float64 if wide else torch.float32)
-    spread, square = empty(parts, 2, dtype=torch.float64), empty(n, dtype=torch.float32)
-    launch(
-        _middle,
-        (parts,),
-        tokens,
-        chosen,
-        counts,
-        middle,
-        spread,
-        channels,
-        stride,
-        tiled.TILE,
-        S=32,
-        BK=64,
-        num_warps=4,
-    )
-    launch(
-        _squares, some, tokens, chosen, copies, counts, middle, spread, square, n, parts, channels, stride,
-        HALF=half, W=triton.next_power_of_2(parts), R=ROWS, BK=256, num_warps=4,
-    )  # fmt: skip
-    # 3. Everybody's nearest, and how dense it is there.
-    kept = neighbours + tiled.SPARE
-    origin = (middle, spread) if half else (middle, None)
-    found = search(tokens, chosen, every, square, None, every, square, origin, counts, kept)
-    near, reach, far = (empty(*shape, dtype=torch.float32) for shape in ((n, kept), (n,), (n,)))
-    who, exact, density = empty(n, kept), empty(n, kept, dtype=torch.float64), empty(n, dtype=torch.float64)
-    shape = shape_of(kept, n)
-    launch(
-        _densities, some, tokens, chosen, copies, counts, square, *found, near, who, exact, reach, far, density, flags,
-        n, neighbours, channels, stride, unit, WANTED=min(neighbours, kept), BK=32, **shape,
-    )  # fmt: skip
-    # 4. How far the nearest denser token is: among the neighbours, or else among all that are denser.
-    falling, order = density.sort(descending=True, stable=True)
-    rank, below, ranked, ranked_square = empty(n), empty(n), empty(n), empty(n, dtype=torch.float32)
-    launch(
-        _ranks, all_of, falling, order, chosen, square, rank, below, ranked, ranked_square, n, n.bit_length(),
-        STRICT=ties == "strict", B=MANY, num_warps=4,
-    )  # fmt: skip
-    delta, is_open = empty(n, dtype=torch.float64), empty(n, dtype=torch.uint8)
-    launch(
-        _deltas, some, tokens, chosen, copies, counts, square, near, who, exact, reach, rank, below, delta, is_open,
-        n, channels, stride, unit, BK=32, **{key: shape[key] for key in ("R", "KEPT", "KW", "num_warps")},
-    )  # fmt: skip
-    rest, rest_square, left = empty(n), empty(n, dtype=torch.float32), empty(2)
-    launch(_list, (1,), is_open, ranked_square, rest, rest_square, counts, left, n, PAYLOAD=True, B=MANY, num_warps=8)
-    few = 1 + tiled.SPARE
-    found = search(tokens, ranked, rest, rest_square, below, every, ranked_square, origin, left, few)
-    launch(
-        _deltas_again, some, tokens, ranked, rest, left, rest_square, order, *found, delta, flags,
-        n, channels, stride, unit, BK=32, **shape_of(few, n),
-    )  # fmt: skip
-    # 5. The largest distance, which fp32 says between whom; the scores.
-    launch(
-        _largest, some, tokens, chosen, copies, counts, far.argmax(), flags, n, channels, stride,
-        R=ROWS, BK=256, num_warps=4,
-    )  # fmt: skip
-    out = torch.full((n,), -torch.inf, dtype=torch.float32, device=device)
-    launch(
-        _scores, all_of, chosen, copies, first, counts, density, delta, flags, out, n,
-        STRICT=ties == "strict", LOWEST=torch.finfo(torch.float32).min, B=MANY, num_warps=4,
-    )  # fmt: skip
-    return None if int(flags[0]) else out
+class Row:
+    """Tokens [n, C] and what is found out about them, in this order.
+
+    Attributes:
+        flags: [2] long: whether fp32 could not tell some token's neighbours; the bits of the largest distance.
+        chosen: [n] the candidates, `counts[0]` of them.
+        copies: [n] of a candidate, how many equal it; 0 if it is not the first of them, which is `first` [n].
+        origin: from where to look, as `search` takes it.
+        square: [n] fp32 squared lengths of the candidates, as seen from there.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, (self.n, self.channels) = tokens, tokens.shape
+        self.size = (self.n, self.channels, tokens.stride(0))
+        self.rows, self.numbers = (triton.cdiv(self.n, ROWS),), (triton.cdiv(self.n, MANY),)
+        self.unit = ROUNDING * tiled.NOISE * float(self.channels) ** 0.5
+        self.every = torch.arange(self.n, device=tokens.device)
+        self.flags = torch.zeros(2, dtype=torch.long, device=tokens.device)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+        """Memory for a tensor."""
+        return torch.empty(*shape, dtype=dtype, device=self.tokens.device)
+
+    def list_candidates(self, candidates: Tensor) -> None:
+        """Lists the candidates, and tells copies by a sum of their bits."""
+        self.chosen, self.counts, self.copies, self.first = (self.new(size) for size in (self.n, 2, self.n, self.n))
+        marks, value = candidates.contiguous().view(torch.uint8), self.new(self.n)
+        launch(
+            _list, (1,), marks, marks, self.chosen, marks, self.counts, self.counts, self.n,
+            PAYLOAD=False, B=MANY, num_warps=8,
+        )  # fmt: skip
+        launch(
+            _hash, self.rows, self.tokens, self.chosen, self.counts, factors(self.channels, value.device), value,
+            *self.size, WIDE=self.tokens.dtype == torch.float64, R=ROWS, BK=256, num_warps=4,
+        )  # fmt: skip
+        value, order = value.sort(stable=True)
+        launch(
+            _kinds, self.numbers, value, order, self.counts, self.copies, self.first, self.n, self.n.bit_length(),
+            B=MANY, num_warps=4,
+        )  # fmt: skip
+
+    def place(self) -> None:
+        """Half-precision tokens stay where they are, unless most of their length is their mean."""
+        half, parts = self.tokens.dtype in (torch.bfloat16, torch.float16), triton.cdiv(self.channels, 64)
+        wide = torch.float64 if self.tokens.dtype == torch.float64 else torch.float32
+        middle, spread = self.new(self.channels, dtype=wide), self.new(parts, 2, dtype=torch.float64)
+        self.square, self.origin = self.new(self.n, dtype=torch.float32), (middle, spread if half else None)
+        launch(
+            _middle, (parts,), self.tokens, self.chosen, self.counts, middle, spread, *self.size[1:], tiled.TILE,
+            S=32, BK=64, num_warps=4,
+        )  # fmt: skip
+        launch(
+            _squares, self.rows, self.tokens, self.chosen, self.copies, self.counts, middle, spread, self.square,
+            self.n, parts, *self.size[1:], HALF=half, W=triton.next_power_of_2(parts), R=ROWS, BK=256, num_warps=4,
+        )  # fmt: skip
+
+    def densities(self, neighbours: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """Everybody's nearest: fp32 and fp64 distances [n, kept], whose they are, and beyond what [n] the others lie;
+        [n] fp64 log densities; and [n] the largest distance.
+        """
+        kept, n = neighbours + tiled.SPARE, self.n
+        found = search(
+            self.tokens, self.chosen, self.every, self.square, None, self.every, self.square, self.origin,
+            self.counts, kept,
+        )  # fmt: skip
+        apart, reach, far = (self.new(*size, dtype=torch.float32) for size in ((n, kept), (n,), (n,)))
+        exact, density = self.new(n, kept, dtype=torch.float64), self.new(n, dtype=torch.float64)
+        near = (apart, exact, self.new(n, kept), reach)
+        launch(
+            _densities, self.rows, self.tokens, self.chosen, self.copies, self.counts, self.square, *found, *near, far,
+            density, self.flags, n, neighbours, *self.size[1:], self.unit, WANTED=min(neighbours, kept), BK=32,
+            **shape_of(kept, n),
+        )  # fmt: skip
+        return near, density, far
+
+    def deltas(self, near: tuple[Tensor, Tensor, Tensor, Tensor], density: Tensor, ties: str) -> Tensor:
+        """[n] fp64 squared distances over C to the nearest denser token: among the neighbours, or, where that cannot be
+        said, among all that are denser.
+        """
+        n, few = self.n, 1 + tiled.SPARE
+        falling, order = density.sort(descending=True, stable=True)
+        rank, below, ranked, square = self.new(n), self.new(n), self.new(n), self.new(n, dtype=torch.float32)
+        launch(
+            _ranks, self.numbers, falling, order, self.chosen, self.square, rank, below, ranked, square,
+            n, n.bit_length(), STRICT=ties == "strict", B=MANY, num_warps=4,
+        )  # fmt: skip
+        delta, is_open = self.new(n, dtype=torch.float64), self.new(n, dtype=torch.uint8)
+        kept = near[0].shape[1]
+        launch(
+            _deltas, self.rows, self.tokens, self.chosen, self.copies, self.counts, self.square, *near, rank, below,
+            delta, is_open, *self.size, self.unit, BK=32, R=ROWS, KEPT=kept, KW=max(2, triton.next_power_of_2(kept)),
+            num_warps=4,
+        )  # fmt: skip
+        rest, rest_square, left = self.new(n), self.new(n, dtype=torch.float32), self.new(2)
+        launch(
+            _list, (1,), is_open, square, rest, rest_square, self.counts, left, n,
+            PAYLOAD=True, B=MANY, num_warps=8,
+        )  # fmt: skip
+        found = search(self.tokens, ranked, rest, rest_square, below, self.every, square, self.origin, left, few)
+        launch(
+            _deltas_again, self.rows, self.tokens, ranked, rest, left, rest_square, order, *found, delta, self.flags,
+            *self.size, self.unit, BK=32, **shape_of(few, n),
+        )  # fmt: skip
+        return delta
+
+    def scores(self, density: Tensor, delta: Tensor, far: Tensor, ties: str) -> Tensor:
+        """[n] fp32; where there is no denser token the largest distance counts, and fp32 says between whom that is."""
+        launch(
+            _largest, self.rows, self.tokens, self.chosen, self.copies, self.counts, far.argmax(), self.flags,
+            *self.size, R=ROWS, BK=256, num_warps=4,
+        )  # fmt: skip
+        out = torch.full((self.n,), -torch.inf, dtype=torch.float32, device=delta.device)
+        launch(
+            _scores, self.numbers, self.chosen, self.copies, self.first, self.counts, density, delta, self.flags, out,
+            self.n, STRICT=ties == "strict", LOWEST=torch.finfo(torch.float32).min, B=MANY, num_warps=4,
+        )  # fmt: skip
+        return out
 
 
 def shape_of(kept: int, n: int) -> dict[str, int]:
@@ -217,7 +256,7 @@ def _squares(
     place = tl.load(chosen + i, mask=alive, other=0)
     shifted = 1.0
     if HALF:
-        shifted = tl.where(is_short(spread, parts, W), 0.0, 1.0)
+        shifted = tl.where(_is_short(spread, parts, W), 0.0, 1.0)
     total = tl.full((R,), 0.0, tl.float32)
     for start in range(0, channels, BK):
         k = start + tl.arange(0, BK)
@@ -294,7 +333,7 @@ def _measured(tokens, index, a, who, wanted, channels, stride, R: tl.constexpr, 
 @triton.jit
 def _densities(
     tokens, chosen, copies, counts, square, distance, point, farthest,
-    near_out, who_out, exact_out, reach_out, far, density, flags, n, neighbours, channels, stride, unit,
+    near_out, exact_out, who_out, reach_out, far, density, flags, n, neighbours, channels, stride, unit,
     WANTED: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, KEPT: tl.constexpr, KW: tl.constexpr,
     SPLITS: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -353,7 +392,7 @@ def _ranks(
 
 @triton.jit
 def _deltas(
-    tokens, chosen, copies, counts, square, near, who, exact, reach, rank, below, delta, is_open,
+    tokens, chosen, copies, counts, square, near, exact, who, reach, rank, below, delta, is_open,
     n, channels, stride, unit, BK: tl.constexpr, R: tl.constexpr, KEPT: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
     """Squared distances to the nearest listed denser point; by rank, whether one that is not listed may be nearer."""

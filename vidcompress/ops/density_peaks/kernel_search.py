@@ -91,7 +91,7 @@ def lengths(tokens: Tensor, index: Tensor, points: Tensor, origin: Tensor | None
 
 
 @triton.jit
-def is_short(spread, parts, W: tl.constexpr):
+def _is_short(spread, parts, W: tl.constexpr):
     """Whether the sum of the first of the parts is no larger than that of the second."""
     i = tl.arange(0, W)
     length = tl.sum(tl.load(spread + 2 * i, mask=i < parts, other=0.0), 0)
@@ -145,7 +145,7 @@ def _nearest(
     split, splits = tl.program_id(0), tl.num_programs(0)
     count, end = tl.load(counts), tl.load(counts + 1)
     if EITHER:
-        runs = is_short(spread, parts, W) == RAW
+        runs = _is_short(spread, parts, W) == RAW
         count, end = tl.where(runs, count, 0), tl.where(runs, end, 0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # the last rows have most columns below them: they start first
     i = block * BM + tl.arange(0, BM)

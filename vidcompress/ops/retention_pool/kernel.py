@@ -16,7 +16,7 @@ from vidcompress.ops.launch import INTERPRETED, launch, rows_contiguous
 from vidcompress.ops.retention_pool import torch as fast
 from vidcompress.ops.retention_pool.naive import ROUNDING
 
-BLOCK_TOKENS = 2048
+BLOCK_TOKENS = 4096
 """Tokens that are held against the pool together, and then against each other."""
 
 BLOCKS = 8
