@@ -181,9 +181,9 @@ def test_training_keeps_to_one_device(backbone, monkeypatch):
 def test_launches_do_not_grow_with_the_video():
     pytest.importorskip("triton")
     seen = []
-    for methods, grid in (("fastvid,infomerge", "16x3x3"), ("fastvid,infomerge", "32x3x3"), ("unified_pool", "16x3x3")):
-        command = [sys.executable, str(SCRIPTS / "launch_report.py"), "--methods", methods]
-        command += ["--grid", grid, "--channels", "96", "--retention", "0.4", "--long", "100"]
+    for frames in (8, 16):
+        command = [sys.executable, str(SCRIPTS / "launch_report.py"), "--grid", f"{frames}x3x3", "--channels", "80"]
+        command += ["--retention", "0.4", "--long", "40"]
         run = subprocess.run(
             command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(SCRIPTS.parent))
         )
@@ -191,7 +191,8 @@ def test_launches_do_not_grow_with_the_video():
         rows = [line.split(maxsplit=4) for line in run.stdout.splitlines()[1:]]
         seen.append({name: (int(launches), int(copies), int(waits)) for name, launches, copies, waits, _ in rows})
         assert all("merge" in kernels for *_, kernels in rows)
-    assert seen[0]["fastvid"] == seen[1]["fastvid"] and abs(seen[0]["infomerge"][0] - seen[1]["infomerge"][0]) <= 2
+    for name, (launches, *_) in seen[0].items():
+        assert abs(seen[1][name][0] - launches) <= 2, name
     for counts in seen:
         assert all(launches <= 60 and waits <= 3 for launches, _, waits in counts.values())
 

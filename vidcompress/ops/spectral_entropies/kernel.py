@@ -19,7 +19,7 @@ from vidcompress.ops.spectral_entropy.torch import gram_of
 from vidcompress.ops.table import table
 
 BLOCK = 1 << 20 if INTERPRETED else 4096
-"""Elements of a program: the interpreter takes as long for few as for many."""
+"""Most elements of a program: the interpreter takes as long for few as for many."""
 
 
 def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
@@ -44,18 +44,24 @@ def rows_of(flat: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     """[B, n, C] fp64: the tokens from `start` on, `size` of them, and zeros up to the most of any."""
     most, channels = max(size for _, size in spans), flat.shape[1]
     out = torch.empty(len(spans), most, channels, dtype=torch.float64, device=flat.device)
-    grid = (len(spans), triton.cdiv(most * channels, BLOCK))
-    where = table(spans, flat.device)
-    launch(_rows, grid, flat, where, out, most * channels, channels, *flat.stride(), B=BLOCK, num_warps=4)
+    size, where = block_of(most * channels), table(spans, flat.device)
+    grid = (len(spans), triton.cdiv(most * channels, size))
+    launch(_rows, grid, flat, where, out, most * channels, channels, *flat.stride(), B=size, num_warps=4)
     return out
+
+
+def block_of(elements: int) -> int:
+    """Elements of a program, of so many."""
+    return min(BLOCK, max(128, triton.next_power_of_2(elements)))
 
 
 def finish(gram: Tensor, group: list[tuple[int, int]], out: Tensor) -> None:
     """Entropies of Gram matrices [B, n, n] to places of `out`; `group` has these places and the matrices' ranks."""
     count, n, _ = gram.shape
-    blocks, at = triton.cdiv(n * n, BLOCK), nodes(gram.device)
+    size, at = block_of(n * n), nodes(gram.device)
+    blocks = triton.cdiv(n * n, size)
     sums = torch.empty(count, blocks, 4, dtype=torch.float64, device=gram.device)
-    launch(_sums, (count, blocks), gram, gram @ gram, sums, n, blocks, B=BLOCK, num_warps=4)
+    launch(_sums, (count, blocks), gram, gram @ gram, sums, n, blocks, B=size, num_warps=4)
     volume, step = torch.empty(count, at.shape[1], dtype=torch.float64, device=gram.device), nodes_at_once(gram)
     width = triton.next_power_of_2(blocks)
     for first in range(0, at.shape[1], step):
@@ -63,7 +69,7 @@ def finish(gram: Tensor, group: list[tuple[int, int]], out: Tensor) -> None:
         shifted = torch.empty(count, here, n, n, dtype=gram.dtype, device=gram.device)
         launch(
             _shift, (count, here, blocks), gram, sums, at, shifted, first, n, blocks,
-            ABOVE=ABOVE, W=width, B=BLOCK, num_warps=4,
+            ABOVE=ABOVE, W=width, B=size, num_warps=4,
         )  # fmt: skip
         factor = torch.linalg.cholesky_ex(shifted).L
         launch(
