@@ -71,8 +71,20 @@ def evaluation() -> dict[str, Rows]:
     for path in sorted(RESULTS.glob("tinyqa-*.json")):
         results, name = Results.load(path), path.stem.removeprefix("tinyqa-")
         found |= {f"accuracy {name}": accuracy_rows(results), f"types {name}": type_rows(results, 0.1)}
-        found |= {f"kept {name}": kept_rows(results), f"cost {name}": cost_rows(results, 0.1)}
-    return found | seeds()
+        if results.suite["name"] == "tinyqa":
+            found |= {f"kept {name}": kept_rows(results), f"cost {name}": cost_rows(results, 0.1)}
+    return found | {"suites agreement": suites()} | seeds()
+
+
+def suites() -> Rows:
+    """How alike the same model's answers to two suites order the methods."""
+    from vidcompress.eval.results import Results
+    from vidcompress.eval.trainings import alike
+
+    plain, wide = (Results.load(RESULTS / f"tinyqa-{name}.json") for name in ("qwen2_vl", "wide-qwen2_vl"))
+    ratios = (0.3, 0.2, 0.1, 0.05, 0.02)
+    cells = tuple(f"{alike(plain, wide, ratio):.2f}" for ratio in ratios)
+    return ("", *(f"{ratio:.0%}" for ratio in ratios)), [("rank correlation", *cells)]
 
 
 def seeds() -> dict[str, Rows]:

@@ -359,3 +359,6 @@ def test_seeds_in_tables():
     assert rows[2][1].endswith(f"(-1.00 to {-tied:.2f})")
     with pytest.raises(ValueError, match="not asked under x at 20%"):
         trainings.method_rows(both, 0.2, {"all": ["a"]})
+    assert trainings.alike(*first, 0.5) == pytest.approx(tied) and trainings.alike(first[1], second[1], 0.5) < -0.8
+    first[0].runs.pop()  # z, which is then left out
+    assert trainings.alike(first[0], second[0], 0.5) == pytest.approx(-1)

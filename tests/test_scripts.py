@@ -178,6 +178,13 @@ def test_training_keeps_to_one_device(backbone, monkeypatch):
             student.decoder.embed_tokens(torch.tensor([1]))
 
 
+def test_what_waits_for_a_gpu_says_that_there_is_none(tmp_path):
+    environment = dict(os.environ, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    command = ["bash", str(SCRIPTS / "on_gpu.sh"), str(tmp_path / "results")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and "sees no CUDA device" in run.stderr and not (tmp_path / "results").exists()
+
+
 def test_launches_do_not_grow_with_the_video():
     pytest.importorskip("triton")
     seen = []

@@ -60,6 +60,16 @@ def agreement_rows(trainings: Trainings) -> Rows:
     return ("pairs of models", *(f"{ratio:.0%}" for ratio in columns)), rows
 
 
+def alike(one: Results, other: Results, ratio: float) -> float:
+    """Spearman's rank correlation of the methods that both were asked under at a ratio, each by its counted types."""
+    pairs = []
+    for run in one.runs:
+        twin = other.find(run.method, ratio)
+        if run.retention_ratio == ratio and twin is not None:
+            pairs.append((one.accuracy(run, one.counted())[0], other.accuracy(twin, other.counted())[0]))
+    return _correlation(*zip(*pairs, strict=True))
+
+
 def _methods(trainings: Trainings) -> list[str]:
     runs = next(iter(trainings.values()))[0].runs
     return list(dict.fromkeys(run.method for run in runs if run.method != "none"))
