@@ -434,6 +434,19 @@ def test_maps_through_means_do_what_the_means_would() -> None:
     assert to.cpu().unique().tolist() == mixed.tolist()
 
 
+def test_an_unlawful_map_is_refused_and_not_followed() -> None:
+    from vidcompress.tokens import Reduction
+
+    replaced, slot = rand(4, 5) > 0.5, torch.tensor([0, 1])
+    for source in ([3, 10**9], [-7, 3]):
+        wrong = Reduction(torch.tensor([2, 4]), 20, slot, torch.tensor(source), torch.ones(2))
+        triplets = there((slot, wrong.source, wrong.weight))
+        to, *_, asked = implementation("through_means")(*triplets, 0, *there((replaced,)), [(0, 4)], torch.tensor(1))
+        assert asked == 1 and set(to.tolist()) <= {source.index(3)}
+        with pytest.raises(RuntimeError, match="unlawful reduction"):
+            wrong.check()
+
+
 BREACHES = {
     "none": ([0, 3, 5], [2, 0], [5, 0], [0.5, 1.0]),
     "an index beyond": ([0, 3, 6], [], [], []),

@@ -1,5 +1,6 @@
 """Clusters by the kernels of other ops, and two of their own: one says which cluster a token is in and counts, the
-other how large that cluster is. The host waits for what density_peaks waits for.
+other how large that cluster is. The host waits for what density_peaks waits for, and for the number of members unless
+it knows that.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidcompress.ops.density_peaks import tiled
-from vidcompress.ops.density_peaks.kernel_search import ROUNDING, SPLITS, _is_short, search, tile_of
+from vidcompress.ops.density_peaks.kernel_search import ROUNDING, SPLITS, search, tile_of
 from vidcompress.ops.hashing import factors
 from vidcompress.ops.launch import INTERPRETED, launch
 
@@ -81,14 +81,16 @@ class Row:
         half, parts = self.tokens.dtype in (torch.bfloat16, torch.float16), triton.cdiv(self.channels, 64)
         wide = torch.float64 if self.tokens.dtype == torch.float64 else torch.float32
         middle, spread = self.new(self.channels, dtype=wide), self.new(parts, 2, dtype=torch.float64)
-        self.square, self.origin = self.new(self.n, dtype=torch.float32), (middle, spread if half else None)
+        stays, self.square = self.new(1), self.new(self.n, dtype=torch.float32)
+        self.origin = (middle, stays if half else None)
         launch(
             _middle, (parts,), self.tokens, self.chosen, self.counts, middle, spread, *self.size[1:], tiled.TILE,
             S=32, BK=64, num_warps=4,
         )  # fmt: skip
+        launch(_stays, (1,), spread, stays, parts, HALF=half, W=triton.next_power_of_2(parts), num_warps=4)
         launch(
-            _squares, self.rows, self.tokens, self.chosen, self.copies, self.counts, middle, spread, self.square,
-            self.n, parts, *self.size[1:], HALF=half, W=triton.next_power_of_2(parts), R=ROWS, BK=256, num_warps=4,
+            _squares, self.rows, self.tokens, self.chosen, self.copies, self.counts, middle, stays, self.square,
+            *self.size, R=ROWS, BK=256, num_warps=4,
         )  # fmt: skip
 
     def densities(self, neighbours: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
@@ -246,17 +248,23 @@ def _middle(tokens, chosen, counts, middle, spread, channels, stride, most, S: t
 
 
 @triton.jit
+def _stays(spread, stays, parts, HALF: tl.constexpr, W: tl.constexpr):
+    """Whether the mean is no longer than that bound, so that tokens stay where they are; only HALF precision may."""
+    i = tl.arange(0, W)
+    length = tl.sum(tl.load(spread + 2 * i, mask=i < parts, other=0.0), 0)
+    bound = tl.sum(tl.load(spread + 2 * i + 1, mask=i < parts, other=0.0), 0)
+    tl.store(stays, ((length <= bound) & HALF).to(tl.int64))
+
+
+@triton.jit
 def _squares(
-    tokens, chosen, copies, counts, middle, spread, out, n, parts, channels, stride,
-    HALF: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    tokens, chosen, copies, counts, middle, stays, out, n, channels, stride, R: tl.constexpr, BK: tl.constexpr
+):
     """Squared lengths; infinite for copies."""
     i, count = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.load(counts)
     alive = (i < count) & (tl.load(copies + i, mask=i < count, other=0) > 0)
     place = tl.load(chosen + i, mask=alive, other=0)
-    shifted = 1.0
-    if HALF:
-        shifted = tl.where(_is_short(spread, parts, W), 0.0, 1.0)
+    shifted = tl.where(tl.load(stays) != 0, 0.0, 1.0)
     total = tl.full((R,), 0.0, tl.float32)
     for start in range(0, channels, BK):
         k = start + tl.arange(0, BK)

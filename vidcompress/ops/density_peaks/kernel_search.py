@@ -46,8 +46,8 @@ def search(
         row_square, column_square: [r] and [c] fp32 squared lengths, as seen from the origin; a column of infinite
             length is no one's neighbour.
         below: [m] of a point, only the points of a lower number than this can be its neighbours; None: all can.
-        origin: [C] from where to look, or None for 0, where tokens are multiplied as they are stored; and [parts, 2]
-            fp64 whose sums tell the device to look from 0 after all, if the first is no larger than the second.
+        origin: [C] from where to look, or None for 0, where tokens are multiplied as they are stored; and [1] long that
+            tells the device to look from 0 after all, unless it is 0.
         counts: [2] how many rows and columns there really are.
         kept: how long a row's list is.
 
@@ -55,22 +55,21 @@ def search(
         Squared distances [r, splits, slots] fp32 and whose they are in int32, `kept` of all that a split has seen, and
         [r, splits] the largest.
     """
-    (count, device), (middle, spread) = (len(rows), tokens.device), origin
+    (count, device), (middle, stays) = (len(rows), tokens.device), origin
     slots = max(2, triton.next_power_of_2(kept))
     splits = min(SPLITS, triton.cdiv(len(columns), tile_of(slots, False)["BN"]))
     distance = torch.empty(count, splits, slots, dtype=torch.float32, device=device)
     point = torch.empty(count, splits, slots, dtype=torch.int32, device=device)
     farthest = torch.empty(count, splits, dtype=torch.float32, device=device)
-    for raw in (True, False) if spread is not None else (middle is None,):
+    for raw in (True, False) if stays is not None else (middle is None,):
         tile = tile_of(slots, raw)
         launch(
             _nearest, (splits, triton.cdiv(count, tile["BM"])), tokens, tokens if middle is None else middle, index,
             rows, row_square, rows if below is None else below, columns, column_square,
-            row_square if spread is None else spread, counts, distance, point, farthest,
-            1 if spread is None else len(spread), len(columns).bit_length(), tokens.shape[1], tokens.stride(0),
-            KEPT=kept, SLOTS=slots, LIMITED=below is not None, RAW=raw, EITHER=spread is not None,
-            UPCAST=INTERPRETED, W=1 if spread is None else triton.next_power_of_2(len(spread)), **tile,
-            num_warps=8, num_stages=3,
+            counts if stays is None else stays, counts, distance, point, farthest,
+            len(columns).bit_length(), tokens.shape[1], tokens.stride(0),
+            KEPT=kept, SLOTS=slots, LIMITED=below is not None, RAW=raw, EITHER=stays is not None, UPCAST=INTERPRETED,
+            **tile, num_warps=8, num_stages=3,
         )  # fmt: skip
     return distance, point, farthest
 
@@ -88,14 +87,6 @@ def lengths(tokens: Tensor, index: Tensor, points: Tensor, origin: Tensor | None
         len(points), tokens.shape[1], tokens.stride(0), RAW=origin is None, P=ROWS, BK=256, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _is_short(spread, parts, W: tl.constexpr):
-    """Whether the sum of the first of the parts is no larger than that of the second."""
-    i = tl.arange(0, W)
-    length = tl.sum(tl.load(spread + 2 * i, mask=i < parts, other=0.0), 0)
-    return length <= tl.sum(tl.load(spread + 2 * i + 1, mask=i < parts, other=0.0), 0)
 
 
 @triton.jit
@@ -136,18 +127,19 @@ def _columns_below(columns, limit, end, steps):
 
 @triton.jit
 def _nearest(
-    tokens, shift, index, rows, row_square, below, columns, column_square, spread, counts, distance, point, farthest,
-    parts, steps, channels, stride,
+    tokens, shift, index, rows, row_square, below, columns, column_square, stays, counts, distance, point, farthest,
+    steps, channels, stride,
     KEPT: tl.constexpr, SLOTS: tl.constexpr, LIMITED: tl.constexpr, RAW: tl.constexpr, EITHER: tl.constexpr,
-    UPCAST: tl.constexpr, W: tl.constexpr,
+    UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     count, end = tl.load(counts), tl.load(counts + 1)
     if EITHER:
-        runs = _is_short(spread, parts, W) == RAW
+        runs = (tl.load(stays) != 0) == RAW
         count, end = tl.where(runs, count, 0), tl.where(runs, end, 0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # the last rows have most columns below them: they start first
+    end = tl.where(block * BM < count, end, 0)
     i = block * BM + tl.arange(0, BM)
     slot = tl.arange(0, SLOTS)
     point_of = tl.load(rows + i, mask=i < count, other=0)

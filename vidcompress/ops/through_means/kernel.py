@@ -49,16 +49,17 @@ def through_means(
 @triton.jit
 def _keys(slot, source, replaced, spans, key, alone, count, p, frames, B: tl.constexpr):
     """(slot, position of a segment, 0 for its mean or 1 + frame of the segment), as one number; the largest of all for
-    what is left out.
+    what is left out, and for what is unlawful, which the caller refuses only once it has waited.
     """
     e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    token = tl.load(source + e, mask=e < count, other=0)
-    start = tl.load(spans + 2 * (token // p), mask=e < count, other=0)
-    mixed = tl.load(replaced + token, mask=e < count, other=0) != 0
-    group = tl.load(slot + e, mask=e < count, other=0) * frames * p + start * p + token % p
-    part = tl.where(mixed, 0, 1 + token // p - start)
-    value = tl.where((e < alone) & (mixed == 0), 9223372036854775807, group * (frames + 1) + part)
-    tl.store(key + e, value, mask=e < count)
+    token, to = tl.load(source + e, mask=e < count, other=0), tl.load(slot + e, mask=e < count, other=0)
+    lawful = (e < count) & (token >= 0) & (token < frames * p) & (to >= 0)
+    start = tl.load(spans + 2 * (token // p), mask=lawful, other=0)
+    mixed = tl.load(replaced + token, mask=lawful, other=0) != 0
+    group = to * frames * p + start * p + token % p
+    value = group * (frames + 1) + tl.where(mixed, 0, 1 + token // p - start)
+    taken = lawful & (value >= 0) & ((e >= alone) | mixed)
+    tl.store(key + e, tl.where(taken, value, 9223372036854775807), mask=e < count)
 
 
 @triton.jit
