@@ -175,18 +175,17 @@ def test_peaks_of_a_row_without_candidates(many: None) -> None:
     assert got.eq(-torch.inf).all() and got.shape == (1, 60)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["members known", "asked"])
-@pytest.mark.parametrize("case", ["random", "clustered", "copies", "many copies", "all equal", "still, bfloat16"])
-def test_clusters_are_those_of_the_definition(case: str, known: bool, many: None) -> None:
+@pytest.mark.parametrize("case", ["random", "many copies", "all equal", "still, bfloat16"])
+def test_clusters_are_those_of_the_definition(case: str, many: None) -> None:
     x = peaks.TOKENS[case]()[:141]
     candidates = rand(141, seed=9) > 0.2
-    members = int(candidates.sum()) if known else None
-    for count in (1, 12, int(candidates.sum())):
-        for arguments in ((x, count, 7, "index", candidates, members), (x, count, 7)):
-            with poisoned_memory():
-                got = implementation("density_clusters")(*there(arguments))
-            want = implementation("density_clusters", "naive")(*arguments)
-            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+    members = int(candidates.sum())
+    some = (x, 12, 7, "index", candidates)
+    for arguments in (some, (*some, members), (x, members, 7, "strict", candidates, members), (x, 1, 7)):
+        with poisoned_memory():
+            got = implementation("density_clusters")(*there(arguments))
+        want = implementation("density_clusters", "naive")(*arguments)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -376,10 +375,10 @@ def test_the_pool_is_that_of_the_definition(
     tokens = pools.TOKENS[case]()
     order = pools.shuffled(len(tokens))
     want = pools.NAIVE.retention_pool(tokens, order, threshold, len(tokens)).tolist()
-    for size in (len(tokens), len(want) // 2):
-        with poisoned_memory():
-            got = implementation("retention_pool")(tokens.to(DEVICE), order.to(DEVICE), threshold, size)
-        assert got.tolist() == want[:size]
+    size = len(tokens) if block > 1000 else len(want) // 2 + 1  # a smaller pool is the beginning of a larger one
+    with poisoned_memory():
+        got = implementation("retention_pool")(tokens.to(DEVICE), order.to(DEVICE), threshold, size)
+    assert got.tolist() == want[:size]
 
 
 def test_a_pool_of_hard_questions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,10 +484,9 @@ def test_marks_of_long_rows_and_of_none() -> None:
 
 
 # -- spectral_entropies ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("elements", [64 << 20, 1])
 @pytest.mark.parametrize("case", spectra.SPECTRA)
-def test_entropies_are_those_of_the_definition(case: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectra.quadrature, "CHUNK_ELEMENTS", {DEVICE.type: elements})
+def test_entropies_are_those_of_the_definition(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra.quadrature, "CHUNK_ELEMENTS", {DEVICE.type: 5 * 150**2})  # five nodes at a time
     tokens = spectra.SPECTRA[case]()
     with poisoned_memory():
         got = implementation("spectral_entropies")(tokens[:, None].to(DEVICE), [(0, len(tokens))]).cpu()
