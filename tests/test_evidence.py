@@ -6,7 +6,8 @@
         --retention 1.0,.1 --threads 1 --out tests/golden/tinyqa-llava_onevision.json
 
 and that of Qwen2-VL, whose tokens have three rotary positions, by the same with `--model tiny-qwen2-vl` and
-`--methods fastvid,infomerge,fastv,uniform_tokens,random`.
+`--methods fastvid,infomerge,fastv,uniform_tokens,random`. All other methods are held to what they answered about the
+first clips when everything was asked (benchmarks/results).
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ RUNS = [(backbone, run.method) for backbone, results in RECORDED.items() for run
 CLIPS, RATIO = 12, 0.1
 TOLERATED = 2
 """Answers of 96 that another machine's arithmetic may turn."""
+
+COMMITTED = {
+    backbone: Results.load(Path(__file__).parent.parent / "benchmarks" / "results" / f"tinyqa-{backbone}.json")
+    for backbone in checkpoints.NAMES
+}
+FIRST = 3
+"""Clips that the other methods are asked about."""
 
 every_backbone = pytest.mark.parametrize("backbone", [*RECORDED])
 
@@ -82,6 +90,22 @@ def test_answers_are_those_recorded(backbone, method, asked):
     assert flips(own, recorded) <= TOLERATED
     kept = (recorded.before, recorded.kept, recorded.mean_kept)
     assert (own.before, own.kept, own.mean_kept) == pytest.approx(kept, abs=0.5)
+
+
+@every_backbone
+@pytest.mark.parametrize("ratio", [RATIO, 0.3], ids=["10%", "the others at 30%"])
+def test_all_other_methods_answer_as_when_everything_was_asked(backbone, ratio, loaded):
+    committed = COMMITTED[backbone]
+    others = {r.method for r in committed.runs if (backbone, r.method) not in RUNS}
+    least = {name: min(r.retention_ratio for r in committed.runs if r.method == name) for name in others}
+    methods = [name for name in sorted(others) if max(RATIO, least[name]) == ratio]
+    assert methods
+    settings = {"methods": methods, "retention_ratios": [ratio], "limit": FIRST}
+    again = list(evaluate(*loaded[backbone], name=checkpoints.NAMES[backbone], **settings))[-1][0]
+    for method in methods:
+        own, before = again.find(method, ratio), committed.find(method, ratio)
+        assert own is not None and before is not None
+        assert sum(a != b for a, b in zip(own.choices, before.choices)) <= 1, method  # zip: the first clips
 
 
 def test_floors(asked):
