@@ -186,7 +186,6 @@ CASES: list[tuple[str, str, Callable[[Any], None]]] = [
     ("density_peaks", "bf16, k = 7", lambda m: row_with_peaks(m, torch.bfloat16, 7)),
     ("density_peaks", "bf16, k = 20", lambda m: row_with_peaks(m, torch.bfloat16, 20, "strict")),
     ("density_peaks", "fp32, k = 7", lambda m: row_with_peaks(m, torch.float32, 7)),
-    ("density_peaks", "fp64, k = 7", lambda m: row_with_peaks(m, torch.float64, 7)),
     ("density_peaks", "bf16, around a leader", around_a_leader),
     ("density_peaks", "frames in bf16", lambda m: frames_with_peaks(m, torch.bfloat16)),
     ("density_peaks", "frames in fp32", lambda m: frames_with_peaks(m, torch.float32)),

@@ -164,8 +164,8 @@ def test_peaks_are_those_of_the_definition(case: str, many: None) -> None:
 def test_what_fp32_cannot_tell_is_left_to_another_search(many: None) -> None:
     from vidcompress.ops.density_peaks.kernel import row_scores
 
-    every = torch.ones(200, dtype=torch.bool, device=DEVICE)
-    hard, easy = (peaks.TOKENS[case]()[:200].to(DEVICE) for case in ("copies of clusters", "still 0.001"))
+    every = torch.ones(100, dtype=torch.bool, device=DEVICE)
+    hard, easy = (peaks.TOKENS[case]()[:100].to(DEVICE) for case in ("copies of clusters", "still 0.001"))
     assert row_scores(hard, every, 7, "index") is None and row_scores(easy, every, 7, "index") is not None
     assert_same_peaks(hard.cpu(), 7)
 
@@ -366,7 +366,7 @@ def test_the_nearest_anchor_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("block", [70, 4096])
-@pytest.mark.parametrize("threshold", [0.5, 0.95, 1.0, 1.1])
+@pytest.mark.parametrize("threshold", [0.5, 0.95, 1.0])
 @pytest.mark.parametrize("case", pools.TOKENS)
 def test_the_pool_is_that_of_the_definition(
     case: str, threshold: float, block: int, monkeypatch: pytest.MonkeyPatch
