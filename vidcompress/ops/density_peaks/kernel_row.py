@@ -107,8 +107,8 @@ class Row:
         near = (apart, exact, self.new(n, kept), reach)
         launch(
             _densities, self.rows, self.tokens, self.chosen, self.copies, self.counts, self.square, *found, *near, far,
-            density, self.flags, n, neighbours, *self.size[1:], self.unit, WANTED=min(neighbours, kept), BK=32,
-            **shape_of(kept, n),
+            density, self.flags, n, neighbours, *self.size[1:], self.unit, WANTED=min(neighbours, kept),
+            BK=32 if kept <= 16 else 16, **shape_of(kept, n),
         )  # fmt: skip
         return near, density, far
 

@@ -138,7 +138,7 @@ def _compare(
             open = which < 2147483647
             this = near & (j[None, :] == which[:, None])
             other = tl.sum(tl.where(this, column[None, :], 0), 1)
-            exact = _exact(tokens, row, other, open, channels, stride, BM, BK)
+            exact = _exact(tokens, row, other, open, channels, stride, BM, 32)
             like = like | (this & (exact - threshold >= rest)[:, None])
             out = of_pool & (tl.max(like.to(tl.int32), 1) > 0)
             near = near & (this == 0) & (out == 0)[:, None]
