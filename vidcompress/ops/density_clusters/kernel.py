@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidcompress.ops.bisect import first_not_before
 from vidcompress.ops.density_clusters.naive import Clusters
 from vidcompress.ops.density_peaks.kernel import density_peaks
 from vidcompress.ops.launch import INTERPRETED, launch
@@ -56,12 +57,8 @@ def _assign(member, centre, near, joined, sizes, count, centres, steps, B: tl.co
     """The nearest centre's cluster, of a centre its own; `near` is told which."""
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     token = tl.load(member + i, mask=i < count, other=0)
-    low, high = tl.zeros_like(i), tl.zeros_like(i) + centres
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        less = (low < high) & (tl.load(centre + middle, mask=low < high, other=0) < token)
-        high = tl.where(less, high, tl.minimum(middle, high))
-        low = tl.where(less, middle + 1, low)
+    none = tl.zeros_like(i)
+    low = first_not_before(centre, token, none, none + centres, steps, False)
     own = (low < centres) & (tl.load(centre + low, mask=low < centres, other=-1) == token)
     which = tl.where(own, low, tl.load(near + i, mask=i < count, other=0))
     tl.store(near + i, which, mask=i < count)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidcompress.ops.bisect import first_not_before
 from vidcompress.ops.density_peaks import tiled
 from vidcompress.ops.density_peaks.kernel_search import ROUNDING, SPLITS, search, tile_of
 from vidcompress.ops.hashing import factors
@@ -202,24 +203,12 @@ def _hash(
 
 
 @triton.jit
-def _below(values, wanted, low, high, steps, FALLING: tl.constexpr):
-    """The first place from `low` to `high` that is not before `wanted`, of ascending or FALLING values."""
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        value = tl.load(values + middle, mask=low < high, other=0)
-        before = (low < high) & ((value > wanted) if FALLING else (value < wanted))
-        high = tl.where(before, high, tl.minimum(middle, high))
-        low = tl.where(before, middle + 1, low)
-    return low
-
-
-@triton.jit
 def _kinds(value, order, counts, copies, first, n, steps, B: tl.constexpr):
     """How many equal a token, 0 for one that is not the first of them, and which is."""
     i, count = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B), tl.load(counts)
     own = tl.load(value + i, mask=i < count, other=0)
-    start = _below(value, own, tl.zeros_like(i), tl.where(i < count, i, 0), steps, False)
-    end = _below(value, own + 1, tl.where(i < count, i, 0), tl.where(i < count, count, 0), steps, False)
+    start = first_not_before(value, own, tl.zeros_like(i), tl.where(i < count, i, 0), steps, False)
+    end = first_not_before(value, own + 1, tl.where(i < count, i, 0), tl.where(i < count, count, 0), steps, False)
     place = tl.load(order + i, mask=i < n, other=0)
     tl.store(copies + place, tl.where((start == i) & (i < count), end - i, 0), mask=i < n)
     tl.store(first + place, tl.load(order + start, mask=i < count, other=0), mask=i < n)
@@ -391,7 +380,7 @@ def _ranks(
     limit = i
     if STRICT:
         own = tl.load(falling + i, mask=i < n, other=0.0)
-        limit = _below(falling, own, tl.zeros_like(i), tl.where(i < n, i, 0), steps, True)
+        limit = first_not_before(falling, own, tl.zeros_like(i), tl.where(i < n, i, 0), steps, True)
     tl.store(rank + place, i, mask=i < n)
     tl.store(below + i, limit, mask=i < n)
     tl.store(ranked + i, tl.load(chosen + place, mask=i < n, other=0), mask=i < n)

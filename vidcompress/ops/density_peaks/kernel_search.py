@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidcompress.ops.bisect import first_not_before
 from vidcompress.ops.launch import INTERPRETED, launch
 
 SPLITS = 8
@@ -114,18 +115,6 @@ def _lengths(
 
 
 @triton.jit
-def _columns_below(columns, limit, end, steps):
-    """How many of the ascending columns are below a limit."""
-    low, high = end * 0, end
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        less = (low < high) & (tl.load(columns + middle, mask=low < high, other=0) < limit)
-        high = tl.where(less, high, tl.minimum(middle, high))
-        low = tl.where(less, middle + 1, low)
-    return low
-
-
-@triton.jit
 def _nearest(
     tokens, shift, index, rows, row_square, below, columns, column_square, stays, counts, distance, point, farthest,
     steps, channels, stride,
@@ -148,7 +137,7 @@ def _nearest(
     limit = tl.where(i < count, 2147483647, 0)
     if LIMITED:  # columns ascend: those beyond the highest limit count for no row
         limit = tl.load(below + point_of, mask=i < count, other=0).to(tl.int32)
-        end = _columns_below(columns, tl.max(limit, 0), end, steps)
+        end = first_not_before(columns, tl.max(limit, 0), end * 0, end, steps, False)
     # Slots beyond those to keep are never the worst, so nothing takes them.
     best = tl.where(slot[None, :] < KEPT, tl.full((BM, SLOTS), float("inf"), tl.float32), -float("inf"))
     who = tl.full((BM, SLOTS), 0, tl.int32)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidcompress.ops.bisect import first_not_before
 from vidcompress.ops.launch import launch, rows_contiguous
 from vidcompress.ops.merge import torch as fast
 
@@ -30,26 +31,16 @@ def merge(features: Tensor, keep: Tensor, slot: Tensor, source: Tensor, weight: 
 
 
 @triton.jit
-def _first(slots, slot, count, steps):
-    """How many of ascending slots are below `slot`."""
-    low, high = slot * 0, slot * 0 + count
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        less = (low < high) & (tl.load(slots + middle, mask=low < high, other=0) < slot)
-        high = tl.where(less, high, tl.minimum(middle, high))
-        low = tl.where(less, middle + 1, low)
-    return low
-
-
-@triton.jit
 def _merge(
     features, keep, slots, order, source, weight, out, count, steps, channels, stride,
     ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    slot, k = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK)
-    start, end = _first(slots, slot, count, steps), _first(slots, slot + 1, count, steps)
+    slot, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BK + tl.arange(0, BK)
+    none, every = slot * 0, slot * 0 + count
+    start = first_not_before(slots, slot, none, every, steps, False)
+    end = first_not_before(slots, slot + 1, start, every, steps, False)
     inside = k < channels
-    to = out + slot.to(tl.int64) * channels + k
+    to = out + slot * channels + k
     if start == end:
         own = tl.load(keep + slot)
         tl.store(to, tl.load(features + own * stride + k, mask=inside, other=0.0), mask=inside)
