@@ -69,8 +69,8 @@ def arguments(x: Tensor) -> dict[str, tuple[Any, ...]]:
         "places": (anchors, counts),
         "retention_pool": (flat, rand(n).argsort(), 0.7, max(1, n // 10)),
         "select_in_turn": (
-            rand(t, p).double(),
-            rand(t, p).double() - 1,
+            rand(t, p),
+            (0.1, 0.0),
             spans,
             rand(len(spans), p) < 0.1,
             torch.full((t,), max(1, p // 20)),

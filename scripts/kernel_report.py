@@ -127,10 +127,10 @@ def frames(length: int, dtype: torch.dtype) -> Tensor:
 
 
 def select_in_turn(module: Any, positions: int) -> None:
-    scores = torch.empty(32, positions, dtype=torch.float64)
+    scores = torch.empty(32, positions)
     static = torch.zeros(1, positions, dtype=torch.bool)
-    module.select_in_turn(scores, scores, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
-    module.select_in_turn(scores.float(), None, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
+    module.select_in_turn(scores, (0.1, 0.0), [(0, 32)], static, torch.zeros(32, dtype=torch.long))
+    module.select_in_turn(scores, None, [(0, 32)], static, torch.zeros(32, dtype=torch.long))
 
 
 def frames_with_peaks(module: Any, dtype: torch.dtype, n: int = 196) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,8 +155,8 @@ def examples() -> dict[str, tuple[Any, ...]]:
         "places": anchors_of(6, 15, [2, 0, 15, 3, 0, 1]),
         "retention_pool": (tokens.flatten(0, 1), torch.arange(89, 4, -1), 0.3, 30),
         "select_in_turn": (
-            rand(6, 15).double(),
-            rand(6, 15).double() * 0.1,
+            rand(6, 15),
+            (0.1, 0.01),
             ((0, 4), (4, 6)),
             rand(2, 15, seed=1) < 0.5,
             torch.tensor([3, 0, 15, 4, 7, 5]),
@@ -940,15 +941,16 @@ def test_top_tokens_by_hand() -> None:
 @given(st.data())
 def test_top_tokens_picks_the_highest_and_the_lowest_index_first(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 12))
-    row = st.lists(st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-3, 2.0, 2.0]), min_size=n, max_size=n)
+    row = st.lists(st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-3, 2.0, 2.0, math.nan]), min_size=n, max_size=n)
     rows = data.draw(st.lists(row, min_size=1, max_size=4))
     counts = data.draw(st.lists(st.integers(0, n + 2), min_size=len(rows), max_size=len(rows)))
     scores = torch.tensor(rows)
-    got = ops.top_tokens(scores, torch.tensor(counts))
-    for mask, values, count in zip(got.tolist(), rows, counts, strict=True):
-        want = sorted(range(n), key=lambda i: (-values[i], i))[:count]
-        assert [i for i in range(n) if mask[i]] == sorted(want)
-    assert torch.equal(ops.top_tokens(scores, counts[0])[0], got[0])
+    for run, lowest in itertools.product(implementations("top_tokens"), (False, True)):
+        got = run(scores, torch.tensor(counts), lowest)
+        for mask, values, count in zip(got.tolist(), rows, counts, strict=True):
+            rising = [-math.inf if math.isnan(x) else x if lowest else -x for x in values]
+            assert [i for i in range(n) if mask[i]] == sorted(sorted(range(n), key=lambda i: (rising[i], i))[:count])
+        assert torch.equal(run(scores, counts[0], lowest)[0], got[0])
 
 
 # -- apportion ---------------------------------------------------------------------------------------------------------
@@ -1193,11 +1195,11 @@ def test_anchor_budgets_by_hand(
 # -- select_in_turn -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["naive", "torch"])
 def test_selection_by_hand(kind: str) -> None:
-    # Position 0 is static: picked in frame 0, it counts .1 in frames 1 and 2. Frame 3 is another segment.
+    # Position 0 is static: picked in frame 0, it counts 9 / 5 - 1.7 in frames 1 and 2. Frame 3 is another segment.
     run = implementations("select_in_turn")[kind == "torch"]
     scores = torch.tensor([[9.0, 1, 1, 1], [9, 3, 3, 2], [9, 0, 0, 0], [9, 0, 0, 0]], dtype=torch.float64)
     static = torch.tensor([[True, False, False, False], [False] * 4])
-    picked, repeated = run(scores, 0 * scores + 0.1, [(0, 3), (3, 4)], static, torch.tensor([1, 2, 1, 2]))
+    picked, repeated = run(scores, (0.2, 1.7), [(0, 3), (3, 4)], static, torch.tensor([1, 2, 1, 2]))
     assert picked.int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert repeated.int().tolist() == [[1, 0, 0, 0]] * 3 + [[0] * 4]
 
@@ -1219,7 +1221,8 @@ def test_selection_without_scores_for_what_comes_again(kind: str) -> None:
 def test_selection_equals_definition(lengths: list[int], positions: int, has_scores: bool) -> None:
     naive, fast = implementations("select_in_turn")
     frames = sum(lengths)
-    scores, again = (rand(frames, positions, seed=s).double().round(decimals=1) for s in (1, 2))
+    scores, again = rand(frames, positions, seed=1).double().round(decimals=1), (0.5, 0.05)
+    scores.flatten()[::7] = math.nan
     if not has_scores:
         scores, again = (scores.float() - 0.5).masked_fill_(scores > 0.7, -math.inf), None
     static, counts = rand(len(lengths), positions) < 0.6, (rand(frames, seed=3) * (positions + 1)).long()

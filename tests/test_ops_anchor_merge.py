@@ -182,7 +182,7 @@ def test_selection_in_turn_by_hand(kind: str) -> None:
     scores = torch.tensor([[9.0, 1, 5, 0], [9, 1, 5, 0], [9, 1, 5, 0], [2, 8, 1, 0], [2, 8, 1, 0]]).double()
     static = torch.tensor([[True, False, False, False], [False] * 4, [False] * 4])
     segments, counts = [(0, 3), (3, 3), (3, 5)], torch.tensor([1, 0, 2, 1, 2])
-    picked, held = implementations("select_in_turn")[kind == "torch"](scores, scores - 100, segments, static, counts)
+    picked, held = implementations("select_in_turn")[kind == "torch"](scores, (1.0, 100.0), segments, static, counts)
     want = [[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]]
     assert picked.int().tolist() == want
     assert held.int().tolist() == [[1, 0, 0, 0]] * 3 + [[0, 0, 0, 0]] * 2
@@ -190,5 +190,5 @@ def test_selection_in_turn_by_hand(kind: str) -> None:
 
 def test_selection_in_turn_of_nothing() -> None:
     nothing, none = torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, dtype=torch.float64)
-    picked, held = ops.select_in_turn(none, none, [], nothing, torch.zeros(0, dtype=torch.long))
+    picked, held = ops.select_in_turn(none, (1.0, 0.0), [], nothing, torch.zeros(0, dtype=torch.long))
     assert picked.shape == held.shape == (0, 4)

@@ -47,18 +47,20 @@ def synthetic(grid: Grid, channels: int, dtype: torch.dtype, device: torch.devic
 def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
     """The method's reductions at all its sites, one after the other."""
     draw, reductions = torch.Generator().manual_seed(1), []
-    features, index = tokens.features, torch.arange(len(tokens), device=tokens.features.device)
     notes: dict[str, Any] = {}
-    entered, sites = len(tokens), [*method.sites()]
+    entered, sites, features = len(tokens), [*method.sites()], tokens.features
+    index: torch.Tensor | None = None  # all of them
     for site in sites:
+        if index is None and (site.is_inner or site.is_decoding):
+            index = torch.arange(len(features), device=features.device)
         signals = dict(tokens.signals)
-        if site.is_inner:
+        if site.is_inner and index is not None:
             names = method.needs & {"text_attention", "last_query_attention", "last_query_attention.previous"}
             signals = {name: torch.rand(len(index), generator=draw).to(index.device) for name in names}
             signals["text_hidden"], signals["last_text_hidden"] = features[:48], features[-1]
             if "text_attention.heads" in method.needs:
                 signals["text_attention.heads"] = torch.rand(28, 48, len(index), generator=draw).to(index.device)
-        if site.is_decoding:
+        if site.is_decoding and index is not None:
             cached = CachedTokens(tokens.grid, index, signals, notes, entered)
             reduction = Reduction(method.retain(cached, site), len(index))
         else:
@@ -66,7 +68,8 @@ def decide(method: Method, tokens: VideoTokens) -> list[Reduction]:
             reduction = method.decide(seen, site)
         reductions.append(reduction)
         if len(reductions) < len(sites):  # the next one sees what this one keeps
-            notes, features, index = {**notes, **reduction.notes}, features[reduction.keep], index[reduction.keep]
+            notes, features = {**notes, **reduction.notes}, features[reduction.keep]
+            index = reduction.keep if index is None else index[reduction.keep]
         entered = entered if site.is_inner else len(reduction)
     return reductions
 

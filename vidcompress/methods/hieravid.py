@@ -92,7 +92,7 @@ class HieraVid(Method):
         x, p = tokens.frames, h * w
         change = ops.frame_change(x).flatten()[None]  # [1, (T - 1) P]
         marked = torch.zeros(t, p, dtype=torch.bool, device=x.device)
-        marked[1:] = ops.top_tokens(-change, t * p - self.budget(tokens.grid)).view(t - 1, p)
+        marked[1:] = ops.top_tokens(change, t * p - self.budget(tokens.grid), lowest=True).view(t - 1, p)
         # A run of marked positions joins the unmarked token before it.
         frame = torch.arange(t, device=x.device)[:, None]
         leader = (frame * ~marked).cummax(0).values * p + torch.arange(p, device=x.device)  # [T, P]

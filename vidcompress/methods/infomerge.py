@@ -63,9 +63,8 @@ class InfoMerge(Method):
         salient = floor((1 - self.context_share) * budget / t)
         picks, anchors = ops.anchor_budgets(segments, p, budget, salient, weights.tolist(), self.anchor_interval)
         # 4. Selection by attention with penalty; a picked static position takes its segment's mean (eq. 10-11, 29-30).
-        attention = tokens.signal("saliency.head").view(t, p).double()
-        again, count = self._penalised(attention), torch.tensor(picks)
-        picked, replaced = ops.select_in_turn(attention, again, segments, static, count)  # [T, P] each
+        attention, count = tokens.signal("saliency.head").view(t, p), torch.tensor(picks)
+        picked, replaced = ops.select_in_turn(attention, self._penalty(), segments, static, count)  # [T, P] each
         # 5. Density-peak anchors, static positions once a segment (eq. 12, 31-33), and merging into them (eq. 34).
         anchor, free, parts = torch.zeros_like(picked), ~picked, []
         for _, several in groupby(segments, lambda span: span[0] // GROUP_FRAMES):
@@ -99,7 +98,7 @@ class InfoMerge(Method):
         else:
             differs = torch.stack([ops.adjacent_difference(x[start:end]) for start, end in segments])
         count = floor(self.static_ratio * x.shape[1])
-        return ops.top_tokens(-differs, torch.tensor([count * (end - start > 1) for start, end in segments]))
+        return ops.top_tokens(differs, torch.tensor([count * (b - a > 1) for a, b in segments]), lowest=True)
 
     def _segment_weights(self, x: Tensor, segments: Segments) -> Tensor:
         """[K] fp64: length times sigmoid of temperature times score; the score mixes uniqueness and richness."""
@@ -117,10 +116,8 @@ class InfoMerge(Method):
             score = score + self.richness_weight * ops.standardise(rich, self.eps)
         return length * torch.sigmoid(self.temperature * score)
 
-    def _penalised(self, attention: Tensor) -> Tensor:
-        """What attention to a static position picked before counts."""
+    def _penalty(self) -> tuple[float, float]:
+        """What attention to a static position picked before is multiplied by, and what is taken from it."""
         if self.penalty == "exp":
-            return attention * math.exp(-self.penalty_strength)
-        if self.penalty == "subtract":
-            return attention - self.penalty_strength
-        return attention / (1 + self.penalty_strength)
+            return math.exp(-self.penalty_strength), 0.0
+        return (1.0, self.penalty_strength) if self.penalty == "subtract" else (1 / (1 + self.penalty_strength), 0.0)

@@ -45,7 +45,9 @@ class VidCom2(Method):
         x = tokens.frames  # [T, P, C]
         _, p, channels = x.shape
         # 1. The channels of least variance.
-        calm = ops.top_tokens(-_variance(x)[None], max(1, floor(channels * self.channel_share)))[0].double()  # [C]
+        calm = ops.top_tokens(_variance(x)[None], max(1, floor(channels * self.channel_share)), lowest=True)[
+            0
+        ].double()  # [C]
         # 2. Unit vectors in these: the mean of every frame, and of the video.
         length = torch.stack([(frame.double().square() @ calm).sqrt() for frame in x])  # [T, P]
         scale = torch.where(length > 0, 1 / length, 0)
@@ -62,7 +64,7 @@ class VidCom2(Method):
         weight = 1 + probability - probability.mean()
         counts = self._counts(weight, tokens.grid)
         # 5. Of every frame the tokens that are least near.
-        kept = ops.top_tokens(-(to_video + to_frame).float(), torch.tensor(counts))
+        kept = ops.top_tokens((to_video + to_frame).float(), torch.tensor(counts), lowest=True)
         notes = {"counts": counts, "frame_scores": unusual}
         return Reduction.pruning(kept.flatten(), notes)
 

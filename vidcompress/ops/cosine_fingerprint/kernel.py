@@ -31,9 +31,8 @@ def cosine_fingerprints(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> 
     """[K, P] of every segment: one launch for all segments of a size."""
     _, positions, channels = tokens.shape
     tokens = rows_contiguous(tokens if tokens.dtype != torch.float64 else tokens.float())
-    some = any(end - start < 2 for start, end in segments)  # where nothing can change
-    out = (torch.zeros if some else torch.empty)(len(segments), positions, dtype=torch.float32, device=tokens.device)
-    fewest = 1
+    out = torch.empty(len(segments), positions, dtype=torch.float32, device=tokens.device)
+    fewest = -1
     for most in LENGTHS:
         spans = [(k, start, end) for k, (start, end) in enumerate(segments) if fewest < end - start <= most]
         if spans:
@@ -90,4 +89,4 @@ def _fingerprints(tokens, spans, out, positions, channels, frame_stride, stride,
         change = tl.dot(step, tl.trans(unit), change, input_precision="ieee")
     pair = (i + 1 < length)[:, None] & (i < length)[None, :]
     total = tl.sum(tl.sum(tl.where(pair, tl.abs(change), 0.0), 1), 0)
-    tl.store(out + segment * positions + position, total / ((length - 1) * length))
+    tl.store(out + segment * positions + position, total / tl.maximum((length - 1) * length, 1))

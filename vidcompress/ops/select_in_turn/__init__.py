@@ -12,14 +12,19 @@ __all__ = ["select_in_turn"]
 
 
 def select_in_turn(
-    scores: Tensor, again: Tensor | None, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
+    scores: Tensor,
+    again: tuple[float, float] | None,
+    segments: Sequence[tuple[int, int]],
+    static: Tensor,
+    counts: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Picks the highest scores of every frame; a static position picked before in the segment has another score.
 
     Args:
-        scores: [T, P] fp64, or fp32 without `again`.
-        again: [T, P] fp64 scores of positions that are static and were picked in an earlier frame of the segment. None:
-            these come after all others, but before what has a score of minus infinity.
+        scores: [T, P]. What is not a number counts as infinity.
+        again: (factor, less) of a position that is static and was picked in an earlier frame of the segment: its score
+            becomes score * factor - less, in fp64. None: it comes after all others, but before what has a score of
+            minus infinity.
         segments: (start, end) of each, in order; together all T frames. Empty ones are allowed.
         static: [K, P] bool, a row a segment.
         counts: [T] how many to pick in each frame, at most P. Ties go to the lowest index.

@@ -17,33 +17,37 @@ from torch import Tensor
 from vidcompress.ops.launch import launch
 from vidcompress.ops.select_in_turn import torch as fast
 from vidcompress.ops.table import table
-from vidcompress.ops.top_tokens.kernel import _rank
+from vidcompress.ops.top_tokens.kernel import _comparable, _rank
 
 
 def select_in_turn(
-    scores: Tensor, again: Tensor | None, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
+    scores: Tensor,
+    again: tuple[float, float] | None,
+    segments: Sequence[tuple[int, int]],
+    static: Tensor,
+    counts: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    if again is None and scores.dtype == torch.float64:  # of which no whole number has room for the bits and more
+        return fast.select_in_turn(scores, again, segments, static, counts)
     scores, static = scores.contiguous(), static.contiguous()
-    if again is None and scores.dtype != torch.float32:
-        scores, again = fast.ranked(scores)
     positions, device = scores.shape[1], scores.device
     picked, repeated = (torch.empty(scores.shape, dtype=torch.bool, device=device) for _ in range(2))
     spans = table(segments, device, torch.int32).view(-1, 2)
     block = max(32, triton.next_power_of_2(positions))
-    value = torch.empty(scores.shape, dtype=torch.int64 if again is None else scores.dtype, device=device)
+    value = torch.empty(scores.shape, dtype=torch.int64 if again is None else torch.float64, device=device)
     launch(
-        _select, (len(segments),), scores, scores if again is None else again.contiguous(), spans,
+        _select, (len(segments),), scores, spans,
         static.view(torch.uint8), counts.to(device, torch.int32, non_blocking=True), value,
         picked.view(torch.uint8), repeated.view(torch.uint8), positions,
-        BITS=again is None, B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8, num_stages=1,
+        AGAIN=again, B=block, CHUNK=max(1, min(32, 8192 // block)), num_warps=8, num_stages=1,
     )  # fmt: skip
     return picked, repeated
 
 
 @triton.jit
 def _select(
-    scores, again, spans, static, counts, value, picked, repeated, positions,
-    BITS: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
+    scores, spans, static, counts, value, picked, repeated, positions,
+    AGAIN: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     start, end = tl.load(spans + 2 * segment), tl.load(spans + 2 * segment + 1)
@@ -54,17 +58,20 @@ def _select(
     for step in range(0, end - start):
         frame = start.to(tl.int64) + step
         row = frame * positions
-        own = tl.load(scores + row + i, mask=inside, other=0.0)
-        if BITS:
+        own = _comparable(tl.load(scores + row + i, mask=inside, other=0.0), False)
+        if AGAIN is None:
+            own = own.to(tl.float32)
             bits = tl.where(own == 0, 0.0, own).to(tl.int32, bitcast=True)  # -0 becomes 0
             bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # in the order of the scores
             later = tl.where(own == -float("inf"), 2, before.to(tl.int32)).to(tl.int64)
             own = bits - later * 8589934592
         else:
-            own = tl.where(before, tl.load(again + row + i, mask=inside, other=0.0), own)
+            own = own.to(tl.float64)
+            second = own * tl.full((), AGAIN[0], tl.float64) - tl.full((), AGAIN[1], tl.float64)
+            own = _comparable(tl.where(before, second, own), False)
         tl.store(value + row + i, own, mask=inside)
         tl.debug_barrier()  # every thread reads what others wrote
-        now = inside & (_rank(value + row, own, i, positions, B, CHUNK) < tl.load(counts + frame))
+        now = inside & (_rank(value + row, own, i, positions, False, B, CHUNK) < tl.load(counts + frame))
         before = before | (now & fixed)
         tl.store(picked + row + i, now.to(tl.uint8), mask=inside)
         tl.store(repeated + row + i, before.to(tl.uint8), mask=inside)

@@ -7,8 +7,13 @@ from torch import Tensor
 
 
 def select_in_turn(
-    scores: Tensor, again: Tensor | None, segments: Sequence[tuple[int, int]], static: Tensor, counts: Tensor
+    scores: Tensor,
+    again: tuple[float, float] | None,
+    segments: Sequence[tuple[int, int]],
+    static: Tensor,
+    counts: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    scores = scores.double().nan_to_num(torch.inf, torch.inf, -torch.inf)
     picked = torch.zeros_like(scores, dtype=torch.bool)
     repeated = torch.zeros_like(picked)
     for (start, end), fixed in zip(segments, static, strict=True):
@@ -18,7 +23,8 @@ def select_in_turn(
                 group = torch.where(scores[f].isneginf(), 2, before.int()).tolist()
                 order = sorted(range(len(group)), key=lambda i: (group[i], -scores[f, i]))  # stable
             else:
-                order = torch.where(before, again[f], scores[f]).argsort(descending=True, stable=True).tolist()
+                second = scores[f] * again[0] - again[1]
+                order = torch.where(before, second, scores[f]).argsort(descending=True, stable=True).tolist()
             picked[f, order[: counts[f]]] = True
             before |= picked[f] & fixed
             repeated[f] = before

@@ -1,6 +1,6 @@
 """Entropies by torch.py's determinants, what lies between the products and factors of matrices by Triton: fp64 rows of
-segments of different lengths, what their traces sum up to, copies of them shifted by every node, the volumes of their
-factors, and what follows from all that.
+segments of different lengths, traces and squared norms of their products, copies of these shifted to every place, the
+volumes of their factors, and what follows from all that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vidcompress.ops.launch import INTERPRETED, launch
 from vidcompress.ops.spectral_entropies import torch as fast
-from vidcompress.ops.spectral_entropy.quadrature import ABOVE, NODES, coefficients, nodes, nodes_at_once
+from vidcompress.ops.spectral_entropy.determinants import LINEAR, SQUARE, factored, places, places_at_once
 from vidcompress.ops.spectral_entropy.torch import gram_of
 from vidcompress.ops.table import table
 
@@ -58,27 +58,24 @@ def block_of(elements: int) -> int:
 def finish(gram: Tensor, group: list[tuple[int, int]], out: Tensor) -> None:
     """Entropies of Gram matrices [B, n, n] to places of `out`; `group` has these places and the matrices' ranks."""
     count, n, _ = gram.shape
-    size, at = block_of(n * n), nodes(gram.device)
-    blocks = triton.cdiv(n * n, size)
-    sums = torch.empty(count, blocks, 4, dtype=torch.float64, device=gram.device)
-    launch(_sums, (count, blocks), gram, gram @ gram, sums, n, blocks, B=size, num_warps=4)
-    volume, step = torch.empty(count, at.shape[1], dtype=torch.float64, device=gram.device), nodes_at_once(gram)
+    size, at = block_of(n * n), places(gram.device)
+    many, step, blocks = at.shape[1], places_at_once(gram), triton.cdiv(n * n, size)
     width = triton.next_power_of_2(blocks)
-    for first in range(0, at.shape[1], step):
-        here = min(step, at.shape[1] - first)
+    sums = torch.empty(count, blocks, 2, dtype=torch.float64, device=gram.device)
+    launch(_sums, (count, blocks), gram, sums, n, blocks, B=size, num_warps=4)
+    volume = torch.empty(count, many, dtype=torch.float64, device=gram.device)
+    for first in range(0, many, step):
+        here = min(step, many - first)
         shifted = torch.empty(count, here, n, n, dtype=gram.dtype, device=gram.device)
+        launch(_shift, (count, here, blocks), gram, sums, at, shifted, first, n, blocks, W=width, B=size, num_warps=4)
+        factor = factored(shifted)
         launch(
-            _shift, (count, here, blocks), gram, sums, at, shifted, first, n, blocks,
-            ABOVE=ABOVE, W=width, B=size, num_warps=4,
-        )  # fmt: skip
-        factor = torch.linalg.cholesky_ex(shifted).L
-        launch(
-            _volume, (count, here), factor, volume, first, n, at.shape[1], *factor.stride()[1:],
+            _volume, (count, here), factor, volume, first, n, many, *factor.stride()[1:],
             B=min(1024, triton.next_power_of_2(n)), num_warps=4,
         )  # fmt: skip
     launch(
-        _entropy, (count,), sums, coefficients(gram.device), at, volume, table(group, gram.device), out,
-        n, blocks, at.shape[1], ABOVE=ABOVE, W=width, M=triton.next_power_of_2(NODES + 1), num_warps=4,
+        _entropy, (count,), sums, at, volume, table(group, gram.device), out, n, blocks, many,
+        LINEAR=LINEAR, SQUARE=SQUARE, W=width, M=triton.next_power_of_2(many), num_warps=4,
     )  # fmt: skip
 
 
@@ -93,61 +90,59 @@ def _rows(flat, where, out, count, channels, stride, step, B: tl.constexpr):
 
 
 @triton.jit
-def _sums(gram, square, sums, n, blocks, B: tl.constexpr):
-    """A block's part of the trace, and of those of the second, third and fourth power."""
+def _sums(gram, sums, n, blocks, B: tl.constexpr):
+    """A block's part of the trace and of the squared norm."""
     one, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     e = block.to(tl.int64) * B + tl.arange(0, B)
     x = tl.load(gram + one * n * n + e, mask=e < n * n, other=0.0)
-    y = tl.load(square + one * n * n + e, mask=e < n * n, other=0.0)
-    to = sums + (one * blocks + block) * 4
+    to = sums + (one * blocks + block) * 2
     tl.store(to, tl.sum(tl.where(e // n == e % n, x, 0.0), 0))
     tl.store(to + 1, tl.sum(x * x, 0))
-    tl.store(to + 2, tl.sum(x * y, 0))
-    tl.store(to + 3, tl.sum(y * y, 0))
 
 
 @triton.jit
 def _sum(sums, one, which, blocks, W: tl.constexpr):
     i = tl.arange(0, W)
-    return tl.sum(tl.load(sums + (one * blocks + i) * 4 + which, mask=i < blocks, other=0.0), 0)
+    return tl.sum(tl.load(sums + (one * blocks + i) * 2 + which, mask=i < blocks, other=0.0), 0)
 
 
 @triton.jit
-def _shift(gram, sums, at, shifted, first, n, blocks, ABOVE: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
-    one, node, here = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+def _shift(gram, sums, at, shifted, first, n, blocks, W: tl.constexpr, B: tl.constexpr):
+    one, place, here = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     e = tl.program_id(2).to(tl.int64) * B + tl.arange(0, B)
-    top = ABOVE * tl.maximum(tl.sqrt(_sum(sums, one, 1, blocks, W)), 1e-300)
+    norm = tl.maximum(tl.sqrt(_sum(sums, one, 1, blocks, W)), 1e-300)
     x = tl.load(gram + one * n * n + e, mask=e < n * n, other=0.0)
-    x += tl.where(e // n == e % n, top * tl.load(at + first + node), 0.0)
-    tl.store(shifted + (one * here + node) * n * n + e, x, mask=e < n * n)
+    x += tl.where(e // n == e % n, norm * tl.load(at + first + place), 0.0)
+    tl.store(shifted + (one * here + place) * n * n + e, x, mask=e < n * n)
 
 
 @triton.jit
-def _volume(factor, volume, first, n, count, node_stride, row, column, B: tl.constexpr):
-    one, node, here = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    base = factor + (one * here + node) * node_stride
+def _volume(factor, volume, first, n, count, stride, row, column, B: tl.constexpr):
+    one, place, here = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    base = factor + (one * here + place) * stride
     total = tl.full((B,), 0.0, tl.float64)
     for start in range(0, n, B):
         i = start + tl.arange(0, B)
         total += tl.log(tl.load(base + i.to(tl.int64) * (row + column), mask=i < n, other=1.0))
-    tl.store(volume + one * count + first + node, 2 * tl.sum(total, 0))
+    tl.store(volume + one * count + first + place, 2 * tl.sum(total, 0))
 
 
 @triton.jit
 def _entropy(
-    sums, coefficients, at, volume, group, out, n, blocks, count, ABOVE: tl.constexpr, W: tl.constexpr, M: tl.constexpr
-):
+    sums, at, volume, group, out, n, blocks, count,
+    LINEAR: tl.constexpr, SQUARE: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     one = tl.program_id(0).to(tl.int64)
-    total, square = _sum(sums, one, 0, blocks, W), _sum(sums, one, 1, blocks, W)
-    top = ABOVE * tl.maximum(tl.sqrt(square), 1e-300)
-    series = total / top + tl.load(coefficients) * (square / top / top)
-    series += tl.load(coefficients + 1) * (_sum(sums, one, 2, blocks, W) / top / top / top)
-    series += tl.load(coefficients + 3) * (_sum(sums, one, 3, blocks, W) / top / top / top / top)
+    square = _sum(sums, one, 1, blocks, W)
+    norm = tl.maximum(tl.sqrt(square), 1e-300)
+    total = _sum(sums, one, 0, blocks, W) / norm
     i = tl.arange(0, M)
+    shift = norm * tl.load(at + i, mask=i < count, other=1.0)
     weight = tl.load(at + count + i, mask=i < count, other=0.0)
-    integral = tl.sum(tl.load(volume + one * count + i, mask=i < count, other=0.0) * weight, 0)
-    spread = tl.log(top) * (n * top + total) + top * (series - n - integral)  # sum of x log x
-    share = tl.log(tl.maximum(total, 1e-300)) - spread / tl.maximum(total, 1e-300)
-    share = share / tl.log(tl.load(group + 2 * one + 1).to(tl.float64))
+    grown = tl.load(volume + one * count + i, mask=i < count, other=0.0) - n * tl.log(shift)
+    spread = tl.full((), LINEAR, tl.float64) * total + tl.full((), SQUARE, tl.float64) * (square / norm / norm)
+    spread += tl.sum(grown * weight, 0)  # of x log x, x being an eigenvalue relative to the norm
+    positive = tl.maximum(total, 1e-300)
+    share = (tl.log(positive) - spread / positive) / tl.log(tl.load(group + 2 * one + 1).to(tl.float64))
     share = tl.minimum(tl.maximum(tl.where(total > 0, share, 0.0), 0.0), 1.0)
     tl.store(out + tl.load(group + 2 * one), share)

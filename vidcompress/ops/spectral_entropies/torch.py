@@ -7,11 +7,11 @@ from torch import Tensor
 
 from vidcompress.ops.spectral_entropies import naive
 from vidcompress.ops.spectral_entropy import torch as one
-from vidcompress.ops.spectral_entropy.quadrature import POWERS
+from vidcompress.ops.spectral_entropy.determinants import entropies
 from vidcompress.ops.table import table
 
 CHUNK_ELEMENTS = 32 << 20
-"""Of fp64 copies of tokens, and of powers of their Gram matrices, that exist at once."""
+"""Of fp64 copies of tokens, and of their Gram matrices, that exist at once."""
 
 ALIKE = 0.7
 """Matrices that are no smaller than so much of another are padded to its size: at worst thrice the work."""
@@ -37,7 +37,7 @@ def spectral_entropies(tokens: Tensor, segments: Sequence[tuple[int, int]]) -> T
             rows = flat[torch.where(inside, begin + place, 0)].double().mul_(inside[..., None])
             gram = rows @ rows.mT
         rank = table([min(sizes[k], channels) for k in group], device, torch.float64)
-        out[table(group, device)] = one.entropies(gram, rank)
+        out[table(group, device)] = (entropies(gram) / rank.log()).clamp_(0, 1)
     return out
 
 
@@ -48,7 +48,7 @@ def groups(sizes: Sequence[int], channels: int) -> Iterator[list[int]]:
     for k in sorted((k for k, n in enumerate(sizes) if min(n, channels) > 1), key=lambda k: -sizes[k]):
         if group:
             most = sizes[group[0]]
-            elements = POWERS * channels**2 if most > channels else most * max(POWERS * most, channels)
+            elements = channels**2 if most > channels else most * channels
             alike = sizes[k] > channels if most > channels else most <= SMALL or sizes[k] >= ALIKE * most
             if not alike or (len(group) + 1) * elements > CHUNK_ELEMENTS:
                 yield group

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from vidcompress.ops.spectral_entropy.quadrature import spectral_sums
+from vidcompress.ops.spectral_entropy import determinants
 
 DETERMINANTS = {"cpu": False, "cuda": True}
-"""Whether seventeen Cholesky factors are faster than eigenvalues, which wait for one small step after another."""
+"""Whether a dozen Cholesky factors are faster than eigenvalues, which wait for one small step after another."""
 
 CHUNK_ROWS = 1024
 """Tokens whose fp64 copies exist at once when there are more tokens than channels."""
@@ -20,17 +20,11 @@ def spectral_entropy(tokens: Tensor) -> Tensor:
     if rank < 2:
         return gram.new_zeros(())
     if DETERMINANTS.get(gram.device.type, True):
-        return entropies(gram[None], gram.new_tensor([rank]))[0]
+        return (determinants.entropies(gram[None])[0] / math.log(rank)).clamp(0, 1)
     gram /= gram.diagonal().sum().clamp_min(1e-30)
     energy = torch.linalg.eigvalsh(gram).clamp_min(0)
     share = energy / energy.sum().clamp_min(1e-30)
     return torch.special.entr(share).sum() / math.log(rank)
-
-
-def entropies(gram: Tensor, rank: Tensor) -> Tensor:
-    """[B] of Gram matrices [B, n, n] by determinants, over the logarithm of `rank` [B]; rows of zeros do not matter."""
-    gram = gram / gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None]
-    return (-spectral_sums(gram) / rank.log()).clamp_(0, 1)
 
 
 def gram_of(x: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ from vidcompress.ops.dispatch import implementation
 __all__ = ["top_tokens"]
 
 
-def top_tokens(scores: Tensor, counts: Tensor | int) -> Tensor:
-    """Marks the highest scores of every row, the lowest index first among equals.
+def top_tokens(scores: Tensor, counts: Tensor | int, lowest: bool = False) -> Tensor:
+    """Marks the highest (or `lowest`) scores of every row, the lowest index first among equals.
 
     Args:
-        scores: [B, n].
+        scores: [B, n]. What is not a number comes before all that is but infinity, which it equals.
         counts: [B] how many each row keeps, or one number for all.
 
     Returns:
         [B, n] bool.
     """
-    return implementation("top_tokens", scores.device)(scores, counts)
+    return implementation("top_tokens", scores.device)(scores, counts, lowest)
