@@ -4,26 +4,23 @@
 
 Rounds are interleaved, two calls a round; a row gives the least of both times (what else runs on the machine only
 adds), their ratio, and the memory that each takes beyond its input in a round of its own (CPU: resident memory, GPU:
-allocated). A whole method is measured against itself on the definitions of its ops, which follow the papers' steps as
-they are written. Tokens are synthetic shots of still and moving positions; the decoder layer has Qwen2-7B's width and
-random weights. Only ratios of one run mean something.
+allocated). The naive versions are those of straightforward.py. Tokens are synthetic shots of still and moving
+positions; the decoder layer has Qwen2-7B's width and random weights. Only ratios of one run mean something.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
-import math
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import straightforward as plain
 import torch
 from torch import Tensor, nn
 
-from vidcompress import Method, Site, VideoTokens, load, ops
+from vidcompress import Site, VideoTokens, load, ops
 from vidcompress.compat import ensure_torchvision
 
 ensure_torchvision()  # looked for when transformers is imported
@@ -67,92 +64,6 @@ def synthetic(t: int, p: int, channels: int) -> Tensor:
     return video / video.std()
 
 
-# -- the naive versions ------------------------------------------------------------------------------------------------
-def naive_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """All attention matrices of a tower layer, then their column mean."""
-    return (query @ key.transpose(-1, -2) * scale).softmax(-1).mean((1, 2))
-
-
-def naive_pool(x: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
-    """One candidate at a time, the pool gathered anew for each."""
-    unit, pool = nn.functional.normalize(x, dim=-1), []
-    for i in order.tolist():
-        if len(pool) == size:
-            break
-        if not pool or (unit[pool] @ unit[i]).max() < threshold:
-            pool.append(i)
-    return torch.tensor(pool)
-
-
-def frugal_pool(x: Tensor, order: Tensor, threshold: float, size: int) -> Tensor:
-    """One candidate at a time, the pool in a buffer."""
-    unit, pool = nn.functional.normalize(x, dim=-1), []
-    held = x.new_empty(size, x.shape[1])
-    for i in order.tolist():
-        if len(pool) == size:
-            break
-        if not pool or (held[: len(pool)] @ unit[i]).max() < threshold:
-            held[len(pool)] = unit[i]
-            pool.append(i)
-    return torch.tensor(pool)
-
-
-def naive_cosine(x: Tensor, others: Tensor) -> Tensor:
-    """All cosines at once, in fp64."""
-    return nn.functional.normalize(x.double(), dim=-1) @ nn.functional.normalize(others.double(), dim=-1).T
-
-
-def naive_peaks(x: Tensor, k: int) -> Tensor:
-    """Density peaks of sets of tokens [B, n, C], the distances of all pairs in all sets at once."""
-    distance = torch.cdist(x, x) / x.shape[2] ** 0.5
-    density = (-(distance.topk(k, largest=False).values ** 2).mean(-1)).exp()
-    denser = (density[:, None] > density[:, :, None]).float()
-    largest = distance.flatten(1).amax(1)[:, None, None]
-    delta = (distance * denser + largest * (1 - denser)).min(-1).values
-    return delta * density
-
-
-def naive_nearest(x: Tensor, centres: Tensor) -> Tensor:
-    """The nearest centre, read off the distances of all pairs."""
-    return torch.cdist(x, x)[:, centres].argmin(1)
-
-
-def naive_fingerprint(x: Tensor) -> Tensor:
-    """Position by position, as differences of cosines."""
-    out = []
-    for p in range(x.shape[1]):
-        unit = nn.functional.normalize(x[:, p], dim=-1)
-        out.append((unit @ unit.T).diff(dim=0).abs().mean())
-    return torch.stack(out)
-
-
-def naive_entropy(x: Tensor) -> Tensor:
-    """From singular values."""
-    share = torch.linalg.svdvals(x).square()
-    return torch.special.entr(share / share.sum()).sum() / math.log(min(x.shape))
-
-
-def naive_merge(x: Tensor, slot: Tensor, count: int) -> Tensor:
-    """Group means by a dense matrix."""
-    dense = torch.zeros(count, len(x)).index_put_((slot, torch.arange(len(x))), torch.ones(len(x)))
-    return dense / dense.sum(1, keepdim=True) @ x
-
-
-def naive_dpp(x: Tensor, relevance: Tensor, k: int) -> Tensor:
-    """Greedy MAP with the whole kernel."""
-    weighted = relevance[:, None] * x
-    kernel = weighted @ weighted.T / x.shape[1]
-    rows, left, picks = torch.zeros(k, len(x)), kernel.diagonal().clone(), []
-    for i in range(k):
-        j = int(left.argmax())
-        picks.append(j)
-        row = (kernel[j] - rows[:i, j] @ rows[:i]) / left[j].clamp(min=1e-12).sqrt()
-        rows[i] = row
-        left -= row * row
-        left[j] = -math.inf
-    return torch.tensor(picks)
-
-
 # -- what is measured --------------------------------------------------------------------------------------------------
 def unified_steps(x: Tensor, ratio: float) -> list[Step]:
     """The steps of Unified before the LLM."""
@@ -170,36 +81,36 @@ def unified_steps(x: Tensor, ratio: float) -> list[Step]:
         Step(
             "received attention, 4 frames",
             lambda: ops.column_mean_attention(query, key, 72**-0.5),
-            lambda: naive_received(query, key, 72**-0.5),
+            lambda: plain.received_attention(query, key, 72**-0.5),
             0.5,
         ),
         Step(
             f"retention pool, {size}",
             lambda: ops.retention_pool(x, order, 0.7, size),
-            lambda: naive_pool(x, order, 0.7, size),
+            lambda: plain.retention_pool(x, order, 0.7, size),
             0.1,
         ),
         Step(
             f"retention pool, {size}, against a buffer",
             lambda: ops.retention_pool(x, order, 0.7, size),
-            lambda: frugal_pool(x, order, 0.7, size),
+            lambda: plain.retention_pool_in_a_buffer(x, order, 0.7, size),
         ),
         Step(
             f"density peaks, N = {len(x)}",
             lambda: ops.density_peaks(x[None], everything, 7),
-            lambda: naive_peaks(x[None], 7),
+            lambda: plain.density_peaks(x[None], 7),
             0.7,
             0.45,
         ),
         Step(
             f"nearest of {len(centres)} centres",
             lambda: ops.nearest(x, x[centres], "euclidean"),
-            lambda: naive_nearest(x, centres),
+            lambda: plain.nearest(x, centres),
         ),
         Step(
             "merging",
             lambda: ops.merge(x, centres, joined, own, weight),
-            lambda: naive_merge(x, joined, len(centres)),
+            lambda: plain.merge(x, joined, len(centres)),
             0.25,
         ),
     ]
@@ -213,20 +124,20 @@ def local_steps(x: Tensor, p: int) -> list[Step]:
         Step(
             "density peaks, frame by frame",
             lambda: ops.density_peaks(frames, everything, 4),
-            lambda: naive_peaks(frames, 4),
+            lambda: plain.density_peaks(frames, 4),
             0.6,
             0.6,
         ),
         Step(
             f"fingerprints of {len(segment)} frames",
             lambda: ops.cosine_fingerprint(segment),
-            lambda: naive_fingerprint(segment),
+            lambda: plain.cosine_fingerprint(segment),
             0.7,
         ),
         Step(
             f"spectral entropy of {segment.shape[0] * p}",
             lambda: ops.spectral_entropy(segment.flatten(0, 1)),
-            lambda: naive_entropy(segment.flatten(0, 1)),
+            lambda: plain.spectral_entropy(segment.flatten(0, 1)),
             0.25,
         ),
     ]
@@ -240,40 +151,30 @@ def longer_steps(t: int, p: int, channels: int) -> list[Step]:
     return [Step(f"density peaks, N = {len(x)}", ours, None, mb_bar=150)]
 
 
-@contextlib.contextmanager
-def by_definition() -> Iterator[None]:
-    """Meanwhile every op is its `naive` one."""
-    before = os.environ.get("VIDCOMPRESS_OPS")
-    os.environ["VIDCOMPRESS_OPS"] = "naive"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["VIDCOMPRESS_OPS"]
-        else:
-            os.environ["VIDCOMPRESS_OPS"] = before
+def video_of(x: Tensor, grid: tuple[int, int, int], shot: int) -> VideoTokens:
+    """Tokens and the signals of a tower, which sees shots of so many frames."""
+    draw = torch.Generator().manual_seed(5)
+    mood = torch.randn(-(-grid[0] // shot), 1152, generator=draw).repeat_interleave(shot, 0)[: grid[0]]
+    signals = {name: torch.rand(len(x), generator=draw) for name in ("saliency.received", "saliency.head")}
+    signals["frame_features"] = mood + 0.2 * torch.randn(mood.shape, generator=draw)
+    return VideoTokens(x, grid, signals=signals)
 
 
 def whole_steps(x: Tensor, grid: tuple[int, int, int], ratio: float) -> list[Step]:
     """All that methods decide and merge before the LLM."""
-    draw = torch.Generator().manual_seed(5)
-    mood = torch.randn(-(-grid[0] // 8), 1152, generator=draw).repeat_interleave(8, 0)[: grid[0]]
-    signals = {name: torch.rand(len(x), generator=draw) for name in ("saliency.received", "saliency.head")}
-    signals["frame_features"] = mood + 0.2 * torch.randn(mood.shape, generator=draw)
-    tokens = VideoTokens(x, grid, signals=signals)
-    steps = []
-    for name, bars in (("fastvid", (0.55, 0.5)), ("unified", (None, None)), ("hieravid", (None, None))):
-        method = load(name, retention_ratio=ratio)
+    tokens, (t, h, w) = video_of(x, grid, 8), grid
+    narrow = x[:, : max(1, x.shape[1] // 4)].contiguous().repeat(4, 1)
+    long = video_of(narrow, (4 * t, h, w), 4 * t)
+    methods: dict[str, Any] = {name: load(name, retention_ratio=ratio) for name in ("fastvid", "unified", "hieravid")}
+    fastvid, shot = methods["fastvid"], load("fastvid", retention_ratio=ratio, dyseg_c=1, dyseg_tau=-1.0)
 
-        def work(method: Method = method) -> Tensor:
-            return method.decide(tokens, Site.projector()).apply(x)
+    def whole(method: Any, tokens: VideoTokens) -> Tensor:
+        return method.decide(tokens, Site.projector()).apply(tokens.features)
 
-        def plainly(work: Work = work) -> object:
-            with by_definition():
-                return work()
-
-        steps.append(Step(f"{name} before the LLM, all of it", work, plainly if bars[0] else None, *bars))
-    return steps
+    steps = [Step(f"{name}, all of it", functools.partial(whole, m, tokens), None) for name, m in methods.items()]
+    steps[0] = replace(steps[0], naive=lambda: plain.fastvid(fastvid, tokens), time_bar=0.55, memory_bar=0.5)
+    one = functools.partial(whole, shot, long)
+    return [*steps, Step(f"fastvid, one shot of {4 * t} frames", one, lambda: plain.fastvid(shot, long))]
 
 
 def merging_steps(x: Tensor, text: int, ratio: float) -> list[Step]:
@@ -285,12 +186,12 @@ def merging_steps(x: Tensor, text: int, ratio: float) -> list[Step]:
         Step(
             f"likeness of {len(x)} to {text} words",
             lambda: ops.max_cosine(x, words),
-            lambda: naive_cosine(x, words).amax(1),
+            lambda: plain.cosines(x, words).amax(1),
         ),
         Step(
             f"the likest of {len(keep)} for {len(gone)}",
             lambda: ops.nearest(gone, keep, "cosine"),
-            lambda: naive_cosine(gone, keep).argmax(1),
+            lambda: plain.cosines(gone, keep).argmax(1),
         ),
     ]
 
@@ -313,7 +214,7 @@ def hieravid_steps(x: Tensor, p: int) -> list[Step]:
             Step(
                 f"DPP, {k} of {n}",
                 lambda k=k: ops.dpp_map(segment, relevance.log(), [n], [k]),
-                lambda k=k: naive_dpp(segment, relevance, k),
+                lambda k=k: plain.dpp_map(segment, relevance, k),
                 bar,
             )
         )

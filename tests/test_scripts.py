@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vidcompress import Site, load
+from vidcompress.bench import synthetic
 from vidcompress.method import list_methods
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -92,7 +94,8 @@ def test_bench_prefill(name, tmp_path, capsys):
     assert "gpt unknown; accepted: llava-onevision-7b" in capsys.readouterr().err
 
 
-def test_bench_inside(capsys):
+def test_bench_inside(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     main = runpy.run_path(str(SCRIPTS / "bench_inside.py"))["main"]
     sizes = ["--grid", "8x4x4", "--channels", "64", "--heads", "4", "--kv-heads", "2", "--text", "5"]
     rows = main([*sizes, "--repeat", "1", "--json"])
@@ -101,8 +104,18 @@ def test_bench_inside(capsys):
     assert {"density peaks, N = 128", "density peaks, N = 256", "DPP, 12 of 128"} <= set(names)
     assert all(row["ms"] > 0 for row in rows)
     alone = [row["step"].strip() for row in rows if row["naive_ms"] is None]
-    assert alone == ["unified before the LLM, all of it", "hieravid before the LLM, all of it", names[-1]]
+    assert alone == ["unified, all of it", "hieravid, all of it", names[-1]]
     assert {row["held"] for row in rows if row["bar"] is None and row["mb_bar"] is None} == {None}
+
+
+@pytest.mark.parametrize("settings", [{}, {"dyseg_c": 1, "dyseg_tau": -1.0}], ids=["shots", "one shot"])
+def test_what_fastvid_is_measured_against_does_the_same(settings, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    plain = importlib.import_module("straightforward")
+    tokens = synthetic((12, 5, 5), 24, torch.float32, torch.device("cpu"))
+    method = load("fastvid", retention_ratio=0.3, **settings)
+    ours = method.decide(tokens, Site.projector()).apply(tokens.features)
+    torch.testing.assert_close(plain.fastvid(method, tokens), ours, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backbone", ["llava_onevision", "qwen2_vl"])
