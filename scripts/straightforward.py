@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vidcompress import ops
 from vidcompress.methods.fastvid import FastVID
 from vidcompress.tokens import VideoTokens
 
@@ -47,7 +46,7 @@ def retention_pool_in_a_buffer(x: Tensor, order: Tensor, threshold: float, size:
 
 def cosines(x: Tensor, others: Tensor) -> Tensor:
     """All cosines at once."""
-    return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(others, dim=-1).T
+    return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(others, dim=-1).mT
 
 
 def density_peaks(x: Tensor, k: int) -> Tensor:
@@ -102,43 +101,40 @@ def dpp_map(x: Tensor, relevance: Tensor, k: int) -> Tensor:
 
 
 def fastvid(method: FastVID, tokens: VideoTokens) -> Tensor:
-    """[K, C] all of FastVID, with the library's budgets.
-
-    Segments, the most attended tokens of every frame, and the rest of a segment merged into density peaks of its anchor
-    frames, one anchor frame after the other.
+    """[K, C] all of FastVID with `remainder: official`, arranged as in the official code: frame by frame the most
+    attended tokens, and the rest of a segment, copied for each of its anchor frames, merged into the anchors there.
     """
     t, h, w = tokens.grid
-    x, p = tokens.frames, h * w
-    seen, attention = tokens.signal("frame_features"), tokens.signal("saliency.head").view(t, p)
+    x, index = tokens.frames, torch.arange(len(tokens), device=tokens.features.device).view(t, h * w)
+    seen, attention = tokens.signal("frame_features"), tokens.signal("saliency.head").view(t, h * w)
     alike = nn.functional.cosine_similarity(seen[1:], seen[:-1], dim=-1)
     cut = alike < method.dyseg_tau
     cut[alike.argsort()[: method.dyseg_c - 1]] = True
     starts = [0, *(cut.nonzero().squeeze(1) + 1).tolist()]
-    segments = list(zip(starts, [*starts[1:], t], strict=True))
-    per_frame = int(method.retention_ratio * p)
+    per_frame = int(method.retention_ratio * h * w)
     context = int(per_frame * method.context_share)
-    lengths = [end - start for start, end in segments]
-    salient, anchors = ops.anchor_budgets(
-        segments, p, t * per_frame, per_frame - context, lengths, method.anchor_interval
-    )
-    free = torch.ones(t, p, dtype=torch.bool, device=x.device)
-    for f in range(t):
-        free[f, attention[f].topk(salient[f]).indices] = False
-    index = torch.arange(t * p, device=x.device).view(t, p)
-    places, kept = [index[~free]], [x[~free]]
-    for start, end in segments:
-        rest = x[start:end][free[start:end]]
-        for f in range(start, end):
-            if not anchors[f]:
-                continue
-            own = x[f][free[f]]
-            peaks = density_peaks(own[None], method.neighbours)[0].topk(anchors[f]).indices
-            target, source = own[peaks], own if anchors[f] == context else rest
-            nearest = cosines(target, source).argmax(0)
-            one_hot = (nearest == torch.arange(len(target), device=x.device)[:, None]).to(x.dtype)
-            joined = one_hot.sum(1, keepdim=True)
-            weight = (1 / (joined + 1)).clamp_min(method.beta)
-            kept.append(weight * target + (1 - weight) * (one_hot / joined @ source))
-            places.append(index[f][free[f]][peaks])
-    order = torch.cat(places).argsort()
-    return torch.cat(kept)[order]
+    order = attention.argsort(dim=1, descending=True)
+    salient, rest = order.split([per_frame - context, h * w - per_frame + context], dim=1)
+    rest = rest.sort(dim=1).values  # [T, M]
+    places, kept = [index.gather(1, salient).flatten()], [_taken(x, salient).flatten(0, 1)]
+    others, index = _taken(x, rest), index.gather(1, rest)  # [T, M, C]
+    for start, end in zip(starts, [*starts[1:], t], strict=True):
+        own = list(range(start, end)[:: -method.anchor_interval])
+        count = context * (end - start) // len(own)
+        if not count:
+            continue
+        peaks = density_peaks(others[own], method.neighbours).topk(count).indices  # [A, K]
+        target = _taken(others[own], peaks)  # [A, K, C]
+        source = others[own] if count == context else others[start:end].flatten(0, 1).expand(len(own), -1, -1)
+        nearest = cosines(target, source).argmax(1, keepdim=True)  # [A, 1, L * M]
+        one_hot = x.new_zeros(len(own), count, source.shape[1]).scatter_(1, nearest, 1)
+        joined = one_hot.sum(2, keepdim=True)
+        weight = (1 / (joined + 1)).clamp_min(method.beta)
+        kept.append((weight * target + (1 - weight) * (one_hot / joined @ source)).flatten(0, 1))
+        places.append(index[own].gather(1, peaks).flatten())
+    return torch.cat(kept)[torch.cat(places).argsort()]
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """[B, k, C] of [B, n, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

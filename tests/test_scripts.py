@@ -113,7 +113,7 @@ def test_what_fastvid_is_measured_against_does_the_same(settings, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     plain = importlib.import_module("straightforward")
     tokens = synthetic((12, 5, 5), 24, torch.float32, torch.device("cpu"))
-    method = load("fastvid", retention_ratio=0.3, **settings)
+    method = load("fastvid", retention_ratio=0.3, remainder="official", **settings)
     ours = method.decide(tokens, Site.projector()).apply(tokens.features)
     torch.testing.assert_close(plain.fastvid(method, tokens), ours, atol=1e-5, rtol=0)
 
