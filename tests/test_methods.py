@@ -926,6 +926,43 @@ def test_a_pool_that_cannot_fill_leaves_its_part_to_the_clusters() -> None:
     assert len(black.notes["pool"]) == 14
 
 
+def test_a_long_video_is_clustered_in_windows() -> None:
+    # As many clusters a window as its recycled tokens deserve, each window's those of its tokens alone.
+    tokens = scene("slow", (11, 4, 5), 24)
+    method = UnifiedPool(retention_ratio=0.3, exact_up_to=219, window_frames=4)
+    whole, parts = replace(method, exact_up_to=220), method.decide(tokens, PROJECTOR)
+    assert_lawful(parts, tokens, method.budget(tokens.grid))
+    pool, centres = parts.notes["pool"], parts.notes["centres"]
+    assert torch.equal(pool, whole.decide(tokens, PROJECTOR).notes["pool"])
+    exact = replace(method, exact_up_to=None).decide(tokens, PROJECTOR).notes["centres"]
+    assert torch.equal(whole.decide(tokens, PROJECTOR).notes["centres"], exact) and not torch.equal(centres, exact)
+    recycled = torch.ones(220, dtype=torch.bool)
+    recycled[pool] = False
+    spans = [(0, 80), (80, 160), (160, 220)]
+    counts = ops.fair_shares(method.budget(tokens.grid) - len(pool), [int(recycled[a:b].sum()) for a, b in spans])
+    for (a, b), count in zip(spans, counts, strict=True):
+        want = ops.density_clusters(tokens.features[a:b], count, method.neighbours, "index", recycled[a:b])
+        mine = (parts.source >= a) & (parts.source < b)
+        assert torch.equal(centres[(centres >= a) & (centres < b)], want.centre + a)
+        order = parts.source[mine].argsort()
+        assert torch.equal(parts.keep[parts.slot[mine]][order], want.joined + a)
+
+
+def test_windows_are_no_more_than_clusters_and_may_be_empty() -> None:
+    tokens = scene("slow", (11, 4, 5), 24)
+    method = UnifiedPool(
+        retention_ratio=0.1, cluster_share=0.15, exact_up_to=1, window_frames=1
+    )  # 22 tokens, 3 clusters
+    reduction = method.decide(tokens, PROJECTOR)
+    assert_lawful(reduction, tokens, 22)
+    assert (reduction.notes["centres"] // 80).tolist() == [0, 1, 2]
+    # Attention falls: the first of three windows is in the pool, all of it, and one token of the second.
+    method = UnifiedPool(retention_ratio=0.5, cluster_share=0.25, exact_up_to=1, window_frames=1)
+    reduction = method.decide(video(torch.eye(24), (12, 1, 2), torch.arange(24.0).flip(0)), PROJECTOR)
+    assert reduction.notes["pool"].tolist() == [*range(9)]
+    assert [int(c) // 8 for c in reduction.notes["centres"]] == [1, 2, 2]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_cluster_share(share: float) -> None:
     tokens = video(torch.eye(64), (4, 4, 4))

@@ -1,7 +1,8 @@
 """Outer half of the Unified spatiotemporal compression: one pool of salient tokens, like none other in it, per video.
 
 What the pool turns away is recycled: clustered by density peaks, every cluster handed on as its mean. The peaks are
-global and exact, which takes all N x N distances, a tile at a time: some fourteen times FastVID's time on a CPU.
+global and exact, which takes all N x N distances, a tile at a time: some fourteen times FastVID's time on a CPU. In a
+video of more than `exact_up_to` tokens windows of frames are clustered (docs/decisions.md, D30); the pool stays one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from vidcompress import ops
 from vidcompress.method import Method, setting
-from vidcompress.tokens import Reduction, Site, VideoTokens
+from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,8 @@ class UnifiedPool(Method):
     cluster_share: float = setting(0.3, "share of the budget that is cluster means", low=0, high=1)
     neighbours: int = setting(7, "k of the density estimate (eq. 3), the token itself included", low=1)
     density_ties: Literal["index", "strict"] = setting("index", "which of two equally dense tokens counts as denser")
+    exact_up_to: int | None = setting(25_088, "a video of more tokens is clustered in windows; null: none is", low=1)
+    window_frames: int = setting(32, "frames of such a window, at least", low=1)
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         x, budget = tokens.features, self.budget(tokens.grid)
@@ -38,9 +41,28 @@ class UnifiedPool(Method):
         if len(pool) == budget:
             return Reduction(pool.sort().values, len(x), notes={"pool": pool, "centres": pool[:0]})
         # 3. Each recycled token joins the nearest density peak, a peak its own; a cluster becomes its mean (eq. 3-4).
-        left = len(x) - len(pool)
-        clusters = ops.density_clusters(
-            x, budget - len(pool), self.neighbours, self.density_ties, recycled, members=left
-        )
-        keep, notes = torch.cat([pool, clusters.centre]).sort().values, {"pool": pool, "centres": clusters.centre}
-        return Reduction.merging(keep, len(x), [(clusters.joined, clusters.member, 1 / clusters.size)], notes)
+        left, p = budget - len(pool), tokens.grid[1] * tokens.grid[2]
+        windows = self._windows(tokens.grid, left)
+        members = [len(x) - len(pool)]
+        if len(windows) > 1:
+            members = torch.stack([recycled[a * p : b * p].sum() for a, b in windows]).tolist()
+        centres, parts = [], []
+        for (a, b), some, count in zip(windows, members, ops.fair_shares(left, members), strict=True):
+            if not count:  # all of the window is in the pool
+                continue
+            own, ties = slice(a * p, b * p), self.density_ties
+            found = ops.density_clusters(x[own], count, self.neighbours, ties, recycled[own], members=some)
+            member, joined, centre = (i + a * p if a else i for i in (found.member, found.joined, found.centre))
+            parts.append((joined, member, 1 / found.size))
+            centres.append(centre)
+        centre = centres[0] if len(centres) == 1 else torch.cat(centres)
+        keep = torch.cat([pool, centre]).sort().values
+        return Reduction.merging(keep, len(x), parts, {"pool": pool, "centres": centre})
+
+    def _windows(self, grid: Grid, clusters: int) -> list[tuple[int, int]]:
+        """Frames whose recycled tokens are clustered together; no more windows than there are clusters."""
+        t, h, w = grid
+        if self.exact_up_to is None or t * h * w <= self.exact_up_to:
+            return [(0, t)]
+        length = max(self.window_frames, -(-t // clusters))
+        return [(a, min(a + length, t)) for a in range(0, t, length)]

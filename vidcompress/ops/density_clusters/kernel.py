@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.bisect import first_not_before
 from vidcompress.ops.density_clusters.naive import Clusters
 from vidcompress.ops.density_peaks.kernel import density_peaks
+from vidcompress.ops.kernel_bisect import _first_not_before
 from vidcompress.ops.launch import INTERPRETED, launch
 from vidcompress.ops.nearest.kernel import nearest
 from vidcompress.ops.places.kernel import places
@@ -58,7 +58,7 @@ def _assign(member, centre, near, joined, sizes, count, centres, steps, B: tl.co
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     token = tl.load(member + i, mask=i < count, other=0)
     none = tl.zeros_like(i)
-    low = first_not_before(centre, token, none, none + centres, steps, False)
+    low = _first_not_before(centre, token, none, none + centres, steps, False)
     own = (low < centres) & (tl.load(centre + low, mask=low < centres, other=-1) == token)
     which = tl.where(own, low, tl.load(near + i, mask=i < count, other=0))
     tl.store(near + i, which, mask=i < count)

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.bisect import first_not_before
 from vidcompress.ops.density_peaks import tiled
 from vidcompress.ops.density_peaks.kernel_search import ROUNDING, SPLITS, search, tile_of
 from vidcompress.ops.hashing import factors
+from vidcompress.ops.kernel_bisect import _first_not_before
 from vidcompress.ops.launch import INTERPRETED, launch
 
 ROWS = 64 if INTERPRETED else 4
@@ -207,8 +207,8 @@ def _kinds(value, order, counts, copies, first, n, steps, B: tl.constexpr):
     """How many equal a token, 0 for one that is not the first of them, and which is."""
     i, count = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B), tl.load(counts)
     own = tl.load(value + i, mask=i < count, other=0)
-    start = first_not_before(value, own, tl.zeros_like(i), tl.where(i < count, i, 0), steps, False)
-    end = first_not_before(value, own + 1, tl.where(i < count, i, 0), tl.where(i < count, count, 0), steps, False)
+    start = _first_not_before(value, own, tl.zeros_like(i), tl.where(i < count, i, 0), steps, False)
+    end = _first_not_before(value, own + 1, tl.where(i < count, i, 0), tl.where(i < count, count, 0), steps, False)
     place = tl.load(order + i, mask=i < n, other=0)
     tl.store(copies + place, tl.where((start == i) & (i < count), end - i, 0), mask=i < n)
     tl.store(first + place, tl.load(order + start, mask=i < count, other=0), mask=i < n)
@@ -380,7 +380,7 @@ def _ranks(
     limit = i
     if STRICT:
         own = tl.load(falling + i, mask=i < n, other=0.0)
-        limit = first_not_before(falling, own, tl.zeros_like(i), tl.where(i < n, i, 0), steps, True)
+        limit = _first_not_before(falling, own, tl.zeros_like(i), tl.where(i < n, i, 0), steps, True)
     tl.store(rank + place, i, mask=i < n)
     tl.store(below + i, limit, mask=i < n)
     tl.store(ranked + i, tl.load(chosen + place, mask=i < n, other=0), mask=i < n)

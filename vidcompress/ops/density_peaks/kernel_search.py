@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.bisect import first_not_before
+from vidcompress.ops.kernel_bisect import _first_not_before
 from vidcompress.ops.launch import INTERPRETED, launch
 
 SPLITS = 8
@@ -137,7 +137,7 @@ def _nearest(
     limit = tl.where(i < count, 2147483647, 0)
     if LIMITED:  # columns ascend: those beyond the highest limit count for no row
         limit = tl.load(below + point_of, mask=i < count, other=0).to(tl.int32)
-        end = first_not_before(columns, tl.max(limit, 0), end * 0, end, steps, False)
+        end = _first_not_before(columns, tl.max(limit, 0), end * 0, end, steps, False)
     # Slots beyond those to keep are never the worst, so nothing takes them.
     best = tl.where(slot[None, :] < KEPT, tl.full((BM, SLOTS), float("inf"), tl.float32), -float("inf"))
     who = tl.full((BM, SLOTS), 0, tl.int32)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.bisect import first_not_before
+from vidcompress.ops.kernel_bisect import _first_not_before
 from vidcompress.ops.launch import launch, rows_contiguous
 from vidcompress.ops.merge import torch as fast
 
@@ -37,8 +37,8 @@ def _merge(
 ):  # fmt: skip
     slot, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BK + tl.arange(0, BK)
     none, every = slot * 0, slot * 0 + count
-    start = first_not_before(slots, slot, none, every, steps, False)
-    end = first_not_before(slots, slot + 1, start, every, steps, False)
+    start = _first_not_before(slots, slot, none, every, steps, False)
+    end = _first_not_before(slots, slot + 1, start, every, steps, False)
     inside = k < channels
     to = out + slot * channels + k
     if start == end:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidcompress.ops.bisect import first_not_before
+from vidcompress.ops.kernel_bisect import _first_not_before
 from vidcompress.ops.launch import INTERPRETED, launch
 from vidcompress.ops.table import table
 
@@ -79,7 +79,7 @@ def _count(key, spans, many, count, p, frames, steps, B: tl.constexpr):
     _, length = _span(spans, group, head, p, frames)
     # The first of the group: whether it has a mean, which then writes for all of them.
     wanted, last = group * (frames + 1), tl.where(head, e, 0)
-    low = first_not_before(key, wanted, tl.zeros_like(e), last, steps, False)
+    low = _first_not_before(key, wanted, tl.zeros_like(e), last, steps, False)
     mean = head & (tl.load(key + low, mask=head, other=0) == wanted)
     is_mean = own == wanted
     tl.store(many + e, tl.where(head, tl.where(is_mean, length, tl.where(mean, 0, 1)), 0), mask=e < count)

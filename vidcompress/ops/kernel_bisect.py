@@ -5,11 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["first_not_before"]
-
 
 @triton.jit
-def first_not_before(values, wanted, low, high, steps, FALLING: tl.constexpr):
+def _first_not_before(values, wanted, low, high, steps, FALLING: tl.constexpr):
     """The first place from `low` to `high`, or `high`, that is not before `wanted`, of ascending or FALLING values.
 
     `low` and `high` are of one type, a number or as many as `wanted`; `steps` is the bit length of most that `high` can
