@@ -135,7 +135,8 @@ class Engine:
     # -- the base model ----------------------------------------------------------------------------------------------
     @torch.compiler.disable
     def _base_before(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.local.pending = self.local.running = None
+        self.local.pending = None
+        self._serve(None)
         given: dict[str, Any] = self._base_signature.bind_partial(base, *args, **kwargs).arguments if args else kwargs
         encoded = (given.get("mm_encoder_outputs") or {}).get("video")
         ids = given.get("input_ids")
@@ -184,7 +185,8 @@ class Engine:
 
     @torch.compiler.disable
     def _base_after(self, base: nn.Module, args: Any, output: Any) -> None:
-        pending, self.local.pending, self.local.running = self.local.pending, None, None
+        pending, self.local.pending = self.local.pending, None
+        self._serve(None)
         if not self.local.generating:
             self.local.encoding = None
         if pending is not None and output is not None:
@@ -198,7 +200,8 @@ class Engine:
     def _decoder_before(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        pending, self.local.pending, self.local.running = self.local.pending, None, None
+        pending, self.local.pending = self.local.pending, None
+        self._serve(None)
         cache = kwargs.get("past_key_values")
         state = state_of(cache)
         if pending is None and state is None:
@@ -234,8 +237,14 @@ class Engine:
         kwargs |= running.arguments(tokens, kwargs)
         if state is not None:
             state.served = True
-        self.local.running = running
+        self._serve(running)
         return args, kwargs
+
+    def _serve(self, running: Running | None) -> None:
+        """Hooks inside the decoder are for this forward from now on, or have nothing to do."""
+        self.local.running = running
+        self.local.concerns_layers = running is not None and running.concerns_layers
+        self.local.concerns_rotary = running is not None and running.rotary_positions is not None
 
     def look(self, running: Running, tokens: Sequence, kwargs: dict[str, Any]) -> None:
         """Makes a first look: a run of the decoder over all `tokens`, which stores nothing for later."""
@@ -243,12 +252,12 @@ class Engine:
         running.begin(tokens)
         quiet = {name: value for name, value in kwargs.items() if not name.startswith(("output_", "return_"))}
         quiet |= {**running.arguments(tokens, kwargs), "past_key_values": running.cache, "use_cache": False}
-        self.local.running = running
+        self._serve(running)
         try:
             with served(running.state):
                 running.look.take(lambda: running.decoder.forward(**quiet))
         finally:
-            self.local.running = None
+            self._serve(None)
 
     def _refuse_checkpointing(self, decoder: Any, plan: Plan) -> None:
         """ValueError if layers would be run again in the backward pass, without what the hooks know."""
@@ -269,24 +278,29 @@ class Engine:
                 "hooks: they were replaced after compression was applied; remove it and apply it again"
             )
 
-    @torch.compiler.disable
+    # These two are traced, so that a compiled decoder stays one graph where they have nothing to do.
     def _layer_before(
         self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        running = self.local.running
-        if running is None or not running.concerns_layers:
-            return None
-        return running.layer(i, layer, args, kwargs)
+        return self._layer(i, layer, args, kwargs) if self.local.concerns_layers else None
 
-    @torch.compiler.disable
     def _rotary_before(
         self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        running = self.local.running
-        positions = None if running is None or running.placed else running.rotary_positions
-        if positions is None:
+        return self._place(args, kwargs) if self.local.concerns_rotary else None
+
+    @torch.compiler.disable
+    def _layer(
+        self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return self.local.running.layer(i, layer, args, kwargs)
+
+    @torch.compiler.disable
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        running: Running = self.local.running
+        if running.placed:
             return None
-        running.placed = True
+        positions, running.placed = running.rotary_positions, True
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions
             return args, kwargs
@@ -294,7 +308,8 @@ class Engine:
 
     @torch.compiler.disable
     def _decoder_after(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        running, self.local.running = self.local.running, None
+        running: Running | None = self.local.running
+        self._serve(None)
         before = None if running is None else state_of(running.cache)
         if before is not None:
             before.served = False
