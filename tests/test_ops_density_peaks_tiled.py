@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from neartie import assert_same_choice
-from test_ops import PEAKS, Work, implementations, rand, randn
+from test_ops import implementations, rand, randn
+from test_ops_density_peaks import PEAKS, Work
 from test_ops_text_attention import Largest
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
