@@ -316,6 +316,7 @@ def test_the_default_dtype_does_not_matter(op: str, dtype: torch.dtype, kind: st
         ("retention_pool", "POOL_TOKENS", 3),
         ("nearest", "CHUNK_ELEMENTS", 1),
         ("nearest", "CHUNK_ELEMENTS", 24 * 4),
+        ("spectral_entropy", "BLOCK_ROWS", {"cpu": 5}),
         ("text_attention", "CHUNK_ELEMENTS", 1),
         ("text_attention", "CHUNK_ELEMENTS", 17 * 2 * 2),
         ("text_attention", "TILE_ELEMENTS", 1),

@@ -10,6 +10,9 @@ from vidcompress.ops.spectral_entropy import determinants
 DETERMINANTS = {"cpu": False, "cuda": True}
 """Whether a dozen Cholesky factors are faster than eigenvalues, which wait for one small step after another."""
 
+BLOCK_ROWS = {"cpu": 256}
+"""Rows of a symmetric product that are made at once, where launching so many products costs nothing."""
+
 CHUNK_ROWS = 1024
 """Tokens whose fp64 copies exist at once when there are more tokens than channels."""
 
@@ -33,11 +36,13 @@ def gram_of(x: Tensor) -> Tensor:
     In fp64, because a video at rest has rank 1, and fp32 would give it an entropy made of noise.
     """
     n, channels = x.shape
-    if n <= channels:
-        rows = x.double()
-        return rows @ rows.T
-    gram = torch.zeros(channels, channels, dtype=torch.float64, device=x.device)
-    for part in x.split(CHUNK_ROWS):
-        rows = part.double()
-        gram.addmm_(rows.T, rows)
+    side, step = min(n, channels), BLOCK_ROWS.get(x.device.type, max(n, 1))
+    gram = torch.zeros(side, side, dtype=torch.float64, device=x.device)
+    blocks = [slice(a, a + step) for a in range(0, side, step)]
+    for part in x.split(CHUNK_ROWS) if n > channels else [x]:
+        rows = part.double().T if n > channels else part.double()
+        for own in blocks:  # what lies above the diagonal is what lies below it
+            gram[own, : own.stop].addmm_(rows[own], rows[: own.stop].T)
+    for own in blocks:
+        gram[: own.start, own] = gram[own, : own.start].T
     return gram
