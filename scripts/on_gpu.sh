@@ -25,6 +25,6 @@ fi
 "$python" scripts/bench_ops.py --grid 32x14x14 --channels 3584 --implementations torch,kernel \
     --out "$folder/ops-$name.json"
 "$python" scripts/bench_methods.py --grids 32x14x14,64x13x13 --out "$folder/methods-$name.json"
-"$python" scripts/bench_methods.py --methods fastvid,infomerge,uniform_tokens \
+"$python" scripts/bench_methods.py --methods fastvid,infomerge,unified_pool,uniform_tokens \
     --grids 32x14x14,128x14x14,512x14x14,1024x14x14 --out "$folder/methods-1024-frames-$name.json"
 "$python" scripts/bench_prefill.py --attn "$attention" --out "$folder/prefill-$name.json"
