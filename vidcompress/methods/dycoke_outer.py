@@ -7,15 +7,20 @@ second like the first, the fourth like the third, the third like the first. What
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from vidcompress import ops
 from vidcompress.method import Method, floor, setting
+from vidcompress.ops.table import table
 from vidcompress.tokens import Grid, Reduction, Site, VideoTokens
 
 WINDOW = 4
 """Frames of a window."""
+
+FRAMES = 32
+"""Of whole windows, whose tokens are copied at once."""
 
 
 @dataclass(kw_only=True)
@@ -60,10 +65,12 @@ class DyCokeOuter(Method):
         t, x = tokens.grid[0], tokens.frames
         # Each frame is compared with the one before it in the order 1, 0, 2, 3 of a window.
         swapped = [f ^ 1 if f % WINDOW < 2 and f ^ 1 < t else f for f in range(t)]
-        order = torch.tensor(swapped, device=x.device)
-        pruned = torch.maximum(order[1:], order[:-1])
-        within = order[1:] // WINDOW == order[:-1] // WINDOW
         change = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
-        change[pruned[within]] = ops.frame_change(x[order])[within]  # 1 - cosine
+        for start in range(0, t, FRAMES):
+            own = swapped[start : start + FRAMES]
+            pairs = [(i, max(pair)) for i, pair in enumerate(pairwise(own)) if pair[0] // WINDOW == pair[1] // WINDOW]
+            if pairs:
+                at, pruned = table(pairs, x.device).T
+                change[pruned] = ops.frame_change(x[table(own, x.device)])[at]  # 1 - cosine
         counts = torch.tensor(self.frame_budgets(tokens.grid))
         return Reduction.pruning(ops.top_tokens(change, counts).flatten())

@@ -27,6 +27,9 @@ VARIANTS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """The variant for a model, by its `model_type`."""
 
 
+ANCHOR_FRAMES = 64  # whose tokens are copied at once
+
+
 @dataclass(kw_only=True)
 class FastVID(Method):
     needs = frozenset({"frame_features", "saliency.head"})
@@ -79,7 +82,10 @@ class FastVID(Method):
         # 4. Density peaks of the anchor frames (DTM).
         own = [f for f, count in enumerate(anchor_count) if count]
         frames, counts = table(own, x.device), [anchor_count[f] for f in own]
-        score = density_peaks(x[frames], others[frames], self.neighbours, self.density_ties)
+        parts = [
+            density_peaks(x[f], others[f], self.neighbours, self.density_ties) for f in frames.split(ANCHOR_FRAMES)
+        ]
+        score = parts[0] if len(parts) == 1 else torch.cat(parts)
         anchor = torch.zeros_like(salient).index_copy_(0, frames, top_tokens(score, torch.tensor(counts)))
         # 5. The rest of a segment joins the most similar anchor of each of its anchor frames.
         theirs = self.official and self.variant != "onevision"

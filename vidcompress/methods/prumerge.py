@@ -37,7 +37,7 @@ class PruMerge(Method):
         t, h, w = tokens.grid
         p = h * w
         attention = tokens.signal("saliency.received").double().view(t, p)
-        keys = normalize(tokens.signal("tower_keys").double().view(t, p, -1), dim=-1, eps=1e-300)
+        keys = tokens.signal("tower_keys").view(t, p, -1)
         index = torch.arange(t * p, device=attention.device).view(t, p)
         # 1. Choose tokens by attention. One of a frame's is to stand for the rest, if it has two and there is a rest.
         counts = self.shares(tokens, t)
@@ -79,7 +79,8 @@ class PruMerge(Method):
 
 
 def _most_alike(keys: Tensor, place: Tensor, count: int) -> Tensor:
-    """[K, count] places of the keys [P, D] of unit length that are most like those at `place`, themselves excluded."""
+    """[K, count] places of the keys [P, D] that are most like those at `place`, themselves excluded."""
+    keys = normalize(keys.double(), dim=-1, eps=1e-300)
     # Rounded, so that equal keys tie however the product was summed; then the lowest index wins.
     cosine = (keys[place] @ keys.T).round(decimals=12)
     cosine.scatter_(1, place[:, None], -torch.inf)
