@@ -2,7 +2,7 @@
 
 FastVID's pipeline and three additions: positions that do not change within a segment are not picked again and again
 (TFD); segments unlike the rest or rich in themselves get more tokens (CABA), by a spectral entropy for which it takes
-twelve times FastVID's time on a CPU; a static token carries its position's mean. A reconstruction (D14).
+fourteen times FastVID's time on a CPU; a static token carries its position's mean. A reconstruction (D14).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Outer half of the Unified spatiotemporal compression: one pool of salient tokens, like none other in it, per video.
 
 What the pool turns away is recycled: clustered by density peaks, every cluster handed on as its mean. The peaks are
-global and exact, which takes all N x N distances, a tile at a time: some fourteen times FastVID's time on a CPU. In a
+global and exact, which takes all N x N distances, a tile at a time: eighteen times FastVID's time on a CPU. In a
 video of more than `exact_up_to` tokens windows of frames are clustered (docs/decisions.md, D30); the pool stays one.
 """
 
