@@ -43,6 +43,6 @@ def gram_of(x: Tensor) -> Tensor:
         rows = part.double().T if n > channels else part.double()
         for own in blocks:  # what lies above the diagonal is what lies below it
             gram[own, : own.stop].addmm_(rows[own], rows[: own.stop].T)
-    for own in blocks:
+    for own in blocks[1:]:
         gram[: own.start, own] = gram[own, : own.start].T
     return gram
