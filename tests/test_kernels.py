@@ -165,8 +165,8 @@ def test_what_fp32_cannot_tell_is_left_to_another_search(many: None) -> None:
     from vidcompress.ops.density_peaks.kernel import row_scores
 
     # Of 22 tokens a cluster a list has room for 15, whose distances are far below the rounding of their lengths.
-    hard, easy = peaks.clustered(0.001, 200).to(DEVICE), peaks.TOKENS["still 0.001"]()[:100].to(DEVICE)
-    every = torch.ones(200, dtype=torch.bool, device=DEVICE)
+    hard = (randn(5, 32)[torch.arange(110) % 5] + 0.001 * randn(110, 32, seed=3)).to(DEVICE)
+    easy, every = peaks.TOKENS["still 0.001"]()[:100].to(DEVICE), torch.ones(110, dtype=torch.bool, device=DEVICE)
     assert row_scores(hard, every, 7, "index") is None
     assert row_scores(easy, every[:100], 7, "index") is not None
     assert_same_peaks(hard.cpu(), 7)

@@ -121,7 +121,7 @@ def test_a_long_video_is_clustered_in_windows() -> None:
     assert torch.equal(whole.decide(tokens, PROJECTOR).notes["centres"], exact) and not torch.equal(centres, exact)
     recycled = torch.ones(220, dtype=torch.bool)
     recycled[pool] = False
-    spans = [(0, 80), (80, 160), (160, 220)]
+    spans = [(0, 60), (60, 140), (140, 220)]
     counts = ops.fair_shares(method.budget(tokens.grid) - len(pool), [int(recycled[a:b].sum()) for a, b in spans])
     for (a, b), count in zip(spans, counts, strict=True):
         want = ops.density_clusters(tokens.features[a:b], count, method.neighbours, "index", recycled[a:b])
@@ -138,7 +138,8 @@ def test_windows_are_no_more_than_clusters_and_may_be_empty() -> None:
     )  # 22 tokens, 3 clusters
     reduction = method.decide(tokens, PROJECTOR)
     assert_lawful(reduction, tokens, 22)
-    assert (reduction.notes["centres"] // 80).tolist() == [0, 1, 2]
+    first, second, third = reduction.notes["centres"].tolist()
+    assert first < 60 <= second < 140 <= third
     # Attention falls: the first of three windows is in the pool, all of it, and one token of the second.
     method = UnifiedPool(retention_ratio=0.5, cluster_share=0.25, exact_up_to=1, window_frames=1)
     reduction = method.decide(video(torch.eye(24), (12, 1, 2), torch.arange(24.0).flip(0)), PROJECTOR)

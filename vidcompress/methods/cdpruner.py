@@ -22,6 +22,7 @@ from vidcompress.tokens import Reduction, Site, VideoTokens
 @dataclass(kw_only=True)
 class CDPruner(Method):
     needs = frozenset({"text_hidden"})
+    costly = "greedy MAP of every frame, in fp64, and all of the video compared with every word"
 
     relevant: Literal["like", "unlike"] = setting("like", "tokens that are relevant: like the text, or unlike it")
     eps: float = setting(1e-6, "added to the distance from the least relevance, which is not 0 then", low=0)

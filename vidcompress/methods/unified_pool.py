@@ -28,7 +28,7 @@ class UnifiedPool(Method):
     neighbours: int = setting(7, "k of the density estimate (eq. 3), the token itself included", low=1)
     density_ties: Literal["index", "strict"] = setting("index", "which of two equally dense tokens counts as denser")
     exact_up_to: int | None = setting(25_088, "a video of more tokens is clustered in windows; null: none is", low=1)
-    window_frames: int = setting(32, "frames of such a window, at least", low=1)
+    window_frames: int = setting(32, "most frames of such a window, if there are clusters for all", low=1)
 
     def reduce(self, tokens: VideoTokens, site: Site) -> Reduction:
         x, budget = tokens.features, self.budget(tokens.grid)
@@ -64,5 +64,5 @@ class UnifiedPool(Method):
         t, h, w = grid
         if self.exact_up_to is None or t * h * w <= self.exact_up_to:
             return [(0, t)]
-        length = max(self.window_frames, -(-t // clusters))
-        return [(a, min(a + length, t)) for a in range(0, t, length)]
+        count = min(-(-t // self.window_frames), clusters)
+        return [(i * t // count, (i + 1) * t // count) for i in range(count)]

@@ -7,13 +7,14 @@ CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Workspace: fp32 copies of so many positions at once."""
 
 
+@torch.no_grad()
 def cosine_fingerprint(tokens: Tensor) -> Tensor:
     length, positions, channels = tokens.shape
     out = torch.zeros(positions, dtype=torch.float32, device=tokens.device)
     if length == 1:
         return out
     room = CHUNK_BYTES.get(tokens.device.type, 64 << 20)
-    step = min(positions, max(1, room // (8 * length * channels + 16 * length * length)))
+    step = max(1, min(positions, room // (8 * length * channels + 16 * length * length)))
     steps = torch.empty(step, length, channels, dtype=torch.float32, device=tokens.device)
     for p in range(0, positions, step):
         x = tokens[:, p : p + step].transpose(0, 1).float()  # [p, L, C]

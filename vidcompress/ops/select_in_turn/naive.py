@@ -23,7 +23,7 @@ def select_in_turn(
                 group = torch.where(scores[f].isneginf(), 2, before.int()).tolist()
                 order = sorted(range(len(group)), key=lambda i: (group[i], -scores[f, i]))  # stable
             else:
-                second = scores[f] * again[0] - again[1]
+                second = (scores[f] * again[0] - again[1]).nan_to_num(torch.inf, torch.inf, -torch.inf)
                 order = torch.where(before, second, scores[f]).argsort(descending=True, stable=True).tolist()
             picked[f, order[: counts[f]]] = True
             before |= picked[f] & fixed

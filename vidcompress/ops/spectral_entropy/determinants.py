@@ -33,6 +33,7 @@ CHUNK_ELEMENTS = {"cpu": 32 << 20, "cuda": 72 << 20}
 """Of shifted copies that are factored together."""
 
 
+@torch.no_grad()
 def entropies(gram: Tensor) -> Tensor:
     """[B] entropies, in nats, of the eigenvalues of positive semidefinite matrices [B, n, n] in fp64, relative to their
     sums; 0 of a matrix of zeros.
