@@ -269,10 +269,9 @@ def test_mypy_sees_patches_in_the_installed_wheel(installed_wheel: Path, tmp_pat
     shutil.copytree(installed_wheel, site)
     mypy = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml"]
     mypy += ["--cache-dir", tmp_path / "cache", "-p", "vidcompress"]
-    run(mypy, site)
     planted = site / "vidcompress" / "patches" / "__init__.py"
     with planted.open("a", encoding="utf-8") as file:
         file.write("\nplanted: int = 'text'\n")
     report = run(mypy, site, fails=True).stdout
     assert re.search(r"vidcompress.patches.__init__\.py:\d+: error: Incompatible types in assignment", report), report
-    assert "Found 1 error in 1 file" in report
+    assert "Found 1 error in 1 file" in report  # and none elsewhere
